@@ -1,0 +1,1 @@
+"""pagemgr: the memory manager that an LLM inference engine embeds for its KV cache."""

@@ -1,0 +1,84 @@
+"""Shapes, strides and bytes of K/V blocks. Knows neither tensors nor torch.
+
+Block-major: one block holds all layers contiguously, so that moving a block is one large copy, and within a layer
+the order is [role][head][token][dim], so that the tokens of one (block, head) are one contiguous run.
+
+    tier   [num_blocks][num_layers][role: key, value][num_kv_heads][block_size][head_dim]
+           └─ block ──┘└─ layer ──┘└─ role ─────────┘└─ head ─────┘└─ token ──┘└─ dim ──┘
+
+Kernels receive a base pointer and these strides, and never assume that one layer is contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from .errors import InvalidInput
+
+NULL_BLOCK = 0
+"""Block 0 of the device tier is reserved: it pads block tables, is zero, and belongs to nobody."""
+
+PADDING_SLOT = -1
+"""A slot mapping entry that writes nothing."""
+
+
+class DType(str, Enum):
+    """Element types a block may hold, named as torch names them."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return 4 if self is DType.float32 else 2
+
+
+class Role(str, Enum):
+    """What a part of a layer holds. A latent or a scale would be one more role, not one more allocator."""
+
+    key = "key"
+    value = "value"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """The shape of one block: ``num_layers`` × roles × ``num_kv_heads`` × ``block_size`` × ``head_dim`` elements."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: DType = DType.float32
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim", "block_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InvalidInput(f"{name} must be at least 1, got {value}")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The parts of a layer, in storage order."""
+        return (Role.key, Role.value)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of one block: (num_layers, roles, num_kv_heads, block_size, head_dim), contiguous."""
+        return (self.num_layers, len(self.roles), self.num_kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token, all layers and roles."""
+        return self.num_layers * len(self.roles) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers and roles."""
+        return self.token_bytes * self.block_size
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that ``num_tokens`` tokens occupy."""
+        return -(-num_tokens // self.block_size)

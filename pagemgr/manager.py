@@ -1,0 +1,388 @@
+"""The block manager: every decision about blocks, and not one tensor.
+
+    add ─► Sequence      reserve ─► Plan ─► (copy, write, attend) ─► commit, or abort
+    fork · truncate · free · swap_out / swap_in ─► Transfer ─► (copy) ─► finish, or cancel
+
+Each verb validates and plans first and changes state last, so that it either does the whole of what it was asked for
+or raises and leaves everything as it was. One lock serialises the verbs. Nothing depends on time, addresses or hash
+seeds: the same calls give the same block ids on every rank (a fence must answer alike on all of them for that).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from . import checks, swapping
+from .errors import InvalidInput, OutOfBlocks, OutOfSequences, SequenceTooLong, StepOrderError
+from .layout import NULL_BLOCK
+from .plan import Ints, Plan, Transfer
+from .pool import Fence
+from .prefix import Namespace, TokenArray, hash_blocks, pack_tokens
+from .sequences import Prompt, Sequence, SequenceTable
+from .stats import Counters, Stats
+from .steps import alive_in, apply_step, plan_step, undo_step
+from .tier import Tier
+
+Tokens = Iterable[int] | npt.ArrayLike
+DEVICE, HOST = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class _StepFence:
+    """Passes when a step and all before it have ended."""
+
+    step: int
+    oldest_in_flight: Callable[[], int]
+
+    def query(self) -> bool:
+        return self.oldest_in_flight() > self.step
+
+
+class BlockManager:
+    """Blocks, sequences and prefixes of one pool with an optional host tier.
+
+    ``num_blocks`` and ``num_host_blocks`` include the null block of their tier; a host tier of 0 blocks means no
+    swapping. ``max_seq_len`` is in tokens. Raises ``InvalidInput`` for sizes that cannot work.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        max_sequences: int = 256,
+        max_seq_len: int | None = None,
+        num_host_blocks: int = 0,
+        prefix_caching: bool = True,
+        eviction: str = "lru",
+    ) -> None:
+        if block_size < 1 or max_sequences < 1:
+            raise InvalidInput(f"block_size={block_size} and max_sequences={max_sequences} must be at least 1")
+        most = (num_blocks - 1) * block_size
+        self.max_seq_len = most if max_seq_len is None else max_seq_len
+        if not 1 <= self.max_seq_len <= most:
+            raise InvalidInput(f"max_seq_len={max_seq_len} is not in [1, {most}], what {num_blocks - 1} blocks can hold")
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
+        self.tiers = tuple(Tier(name, size, block_size, eviction) for name, size in sizes.items())
+        self.table = SequenceTable(max_sequences, -(-self.max_seq_len // block_size), tuple(sizes))
+        self.counters = Counters()
+        self._in_flight: dict[int, Plan] = {}
+        self._moving: list[Transfer] = []
+        self._next_step = 1
+        self._lock = threading.RLock()
+
+    # Sequences ------------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Tokens = (), namespace: Namespace | None = None) -> Sequence:
+        """One sequence; see ``add_many``."""
+        return self.add_many([prompt], [namespace])[0]
+
+    def add_many(self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None) -> list[Sequence]:
+        """New sequences, each starting with what the prefix cache holds of its prompt in its namespace.
+
+        ``num_cached_tokens`` of a handle is the length it starts with: whole blocks, and at least one token of the
+        prompt is always left to run. The rest of the prompt is not stored: hand it to ``reserve``. A prompt may be
+        empty. Raises ``OutOfSequences``, ``SequenceTooLong``, ``InvalidInput``.
+        """
+        packed = [pack_tokens(prompt) for prompt in prompts]
+        spaces = [namespace or Namespace() for namespace in namespaces or [None] * len(packed)]
+        if len(spaces) != len(packed):
+            raise InvalidInput(f"{len(packed)} prompts but {len(spaces)} namespaces")
+        roots = [space.root(self.block_size) for space in spaces]
+        names: list[list[bytes]] = [[] for _ in packed]
+        if self.prefix_caching:
+            names = [hash_blocks(root, ids, self.block_size) for root, ids in zip(roots, packed, strict=True)]
+        with self._verb():
+            self._require_length(max((len(ids) for ids in packed), default=0))
+            self.table.require(len(packed))
+            return [self._add(root, Prompt(ids, chain)) for root, ids, chain in zip(roots, packed, names, strict=True)]
+
+    def fork(self, sequence: Sequence, n: int = 1) -> list[Sequence]:
+        """``n`` sequences with the same content and the same blocks; whoever writes to a shared block copies it first.
+
+        Raises ``OutOfSequences``, and ``SequenceBusy`` while steps are in flight: their slots are not written yet.
+        """
+        if n < 1:
+            raise InvalidInput(f"n must be at least 1, got {n}")
+        with self._verb():
+            rows = self.table.rows([sequence])
+            self.table.require_idle(rows, "fork")
+            self.table.require(n)
+            row = int(rows[0])
+            tier = self.tiers[self.table.tier[row]]
+            tier.share(np.tile(self.table.blocks_leaf_first([row]), n))
+            return [self.table.handle(self.table.clone(row), sequence.num_cached_tokens) for _ in range(n)]
+
+    def truncate(self, sequences: SequenceOf[Sequence], lengths: SequenceOf[int]) -> None:
+        """Cut sequences back to these lengths in tokens and give back the blocks past the cut.
+
+        Raises ``SequenceBusy`` while steps are in flight, ``InvalidInput`` for a length beyond what is computed.
+        """
+        with self._verb():
+            rows = self.table.rows(sequences)
+            self.table.require_idle(rows, "truncate")
+            target = np.asarray(lengths, dtype=np.int64)
+            if target.shape != rows.shape:
+                raise InvalidInput(f"{len(rows)} sequences but {target.size} lengths")
+            for row, length in zip(rows.tolist(), target.tolist(), strict=True):
+                if not 0 <= length <= self.table.computed[row]:
+                    raise InvalidInput(f"length {length} is not in [0, {self.table.computed[row]}], what is computed")
+            keep = -(-target // self.block_size)
+            self._release(rows, keep, ())
+            for row, kept in zip(rows.tolist(), keep.tolist(), strict=True):
+                self.table.blocks[row, kept:] = NULL_BLOCK
+            self.table.num_blocks[rows] = keep
+            self.table.reserved[rows] = self.table.computed[rows] = target
+            self.table.committed[rows] = np.minimum(self.table.committed[rows], target)
+
+    def free(self, sequences: SequenceOf[Sequence], after: Fence | None = None) -> None:
+        """End sequences. Their blocks are reused once ``after`` has passed and the steps now in flight have ended.
+
+        Steps in flight may name a freed sequence; committing them skips it. Raises ``StaleSequence``,
+        ``SequenceBusy`` while a sequence is moving between tiers.
+        """
+        with self._verb():
+            rows = self.table.rows(sequences)
+            self.table.require_still(rows, "free")
+            self._release(rows, np.zeros_like(rows), self._fences(after))
+            self.table.destroy(rows)
+
+    def lengths(self, sequences: SequenceOf[Sequence]) -> Ints:
+        """Computed tokens of each sequence, int64."""
+        with self._lock:
+            return self.table.computed[self.table.rows(sequences)]
+
+    # Steps ----------------------------------------------------------------------------------------------------------
+
+    def reserve(self, sequences: SequenceOf[Sequence], tokens: SequenceOf[Tokens | int]) -> Plan:
+        """Slots for the new tokens of a batch, for all of it or none.
+
+        ``tokens[i]`` is the new token ids of sequence ``i``, or how many there will be (the ids then come at
+        ``commit``). Several steps may be in flight, also of one sequence. Raises ``OutOfBlocks``,
+        ``SequenceTooLong``, ``WrongTier``, ``SequenceBusy``, ``StaleSequence``, ``InvalidInput``.
+        """
+        ids = tuple(None if isinstance(new, int | np.integer) else pack_tokens(new) for new in tokens)
+        sizes = [int(new) if known is None else len(known) for new, known in zip(tokens, ids, strict=True)]  # type: ignore[arg-type]
+        counts = np.array(sizes, dtype=np.int64)
+        if len(counts) != len(sequences) or (counts < 1).any():
+            raise InvalidInput(f"{len(sequences)} sequences need as many counts of at least 1, got {sizes[:8]}")
+        with self._verb():
+            rows = self.table.rows(sequences)
+            self.table.require_tier(rows, DEVICE)
+            self.table.require_still(rows, "reserve for")
+            self._require_length(int((self.table.reserved[rows] + counts).max(initial=0)))
+            plan = plan_step(self._next_step, self.tiers[DEVICE], self.table, rows, counts, ids)
+            self._next_step += 1
+            self._in_flight[plan.step] = plan
+            apply_step(plan, self.tiers[DEVICE], self.table, _StepFence(plan.step, self._oldest_in_flight))
+            self.counters.cow_copies += len(plan.replaced[0])
+            return plan
+
+    def commit(self, plan: Plan, tokens: SequenceOf[Tokens | None] | None = None) -> None:
+        """The step has run: its tokens count, and blocks that became full can be matched.
+
+        ``tokens[i]`` is the ids of sequence ``i`` where it was reserved by count. Without ids (here or at
+        ``reserve``) its tokens are computed but never committed, and what follows them cannot be matched either.
+        Raises ``StepOrderError`` unless this is the oldest step in flight, ``InvalidInput``.
+        """
+        with self._verb():
+            if self._in_flight.get(plan.step) is not plan or plan.step != self._oldest_in_flight():
+                raise StepOrderError(f"step {plan.step} cannot commit: in flight are {list(self._in_flight)}, oldest first")
+            alive = alive_in(plan, self.table)
+            ids = self._ids(plan, tokens, alive)
+            del self._in_flight[plan.step]
+            rows = plan.rows[alive]
+            self.table.last_step[rows[self.table.last_step[rows] == plan.step]] = 0
+            named = self.table.committed[plan.rows] == self.table.computed[plan.rows]
+            self.table.computed[rows] += plan.counts[alive]
+            for i in np.flatnonzero(alive & named).tolist():
+                new = ids[i]
+                if new is not None and self.prefix_caching:
+                    self._commit_tokens(int(plan.rows[i]), new, plan.slot_mapping[plan.query_start[i] : plan.query_start[i + 1]])
+            self.counters.steps_committed += 1
+            self.counters.tokens_committed += int(plan.counts[alive].sum())
+
+    def abort(self, plan: Plan) -> None:
+        """The step will not count: its sequences are as before ``reserve``.
+
+        What it evicted from the prefix cache stays evicted. Raises ``StepOrderError`` if it is not in flight, or if a
+        later step of one of its sequences still is.
+        """
+        with self._verb():
+            alive = alive_in(plan, self.table)
+            newest = self.table.last_step[plan.rows[alive]] == plan.step
+            if self._in_flight.get(plan.step) is not plan or not newest.all():
+                raise StepOrderError(f"step {plan.step} cannot abort: in flight are {list(self._in_flight)}; abort later ones first")
+            del self._in_flight[plan.step]
+            undo_step(plan, self.tiers[DEVICE], self.table, self._oldest_in_flight())
+            self.counters.steps_aborted += 1
+
+    # Tiers ----------------------------------------------------------------------------------------------------------
+
+    def swap_out(self, sequences: SequenceOf[Sequence]) -> Transfer:
+        """Begin moving sequences to the host tier: execute the copies, then ``finish`` (or ``cancel``).
+
+        Blocks that several of them share, or that the host already holds, are copied once or not at all. Raises
+        ``OutOfBlocks`` (of the host), ``WrongTier``, ``SequenceBusy``.
+        """
+        return self._begin_transfer(sequences, DEVICE, HOST)
+
+    def swap_in(self, sequences: SequenceOf[Sequence]) -> Transfer:
+        """Begin moving sequences back to the device; as ``swap_out``."""
+        return self._begin_transfer(sequences, HOST, DEVICE)
+
+    def finish(self, transfer: Transfer, after: Fence | None = None) -> None:
+        """The bytes were copied, or will be by the time ``after`` passes: the sequences are in the other tier now."""
+        with self._verb():
+            self._end_transfer(transfer)
+            swapping.finish(transfer, self.tiers, self.table, self._fences(after))
+            direction = "out" if transfer.target == "host" else "in"
+            self.counters.swapped_blocks[direction] += transfer.num_copied
+            self.counters.swapped_sequences[direction] += len(transfer.rows)
+
+    def cancel(self, transfer: Transfer) -> None:
+        """The copy failed: the sequences stay where they were."""
+        with self._verb():
+            self._end_transfer(transfer)
+            swapping.cancel(transfer, self.tiers, self.table)
+            self.counters.swap_failures["out" if transfer.target == "host" else "in"] += 1
+
+    # Looking --------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """One consistent snapshot."""
+        with self._verb():
+            return checks.snapshot(self.tiers, self.table, self.counters, len(self._in_flight))
+
+    def check(self) -> None:
+        """Assert every invariant in O(pool + tokens). Raises ``InternalError`` and counts the violation."""
+        with self._lock:
+            try:
+                checks.check(self.tiers, self.table, self._moving, self.prefix_caching)
+            except Exception:
+                self.counters.invariant_violations += 1
+                raise
+
+    # Inside ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _verb(self) -> Iterator[None]:
+        """Under the lock, with passed fences collected, and refusals counted."""
+        with self._lock:
+            try:
+                for tier in self.tiers:
+                    tier.pool.poll()
+                yield
+            except OutOfBlocks:
+                self.counters.failures["out_of_blocks"] += 1
+                raise
+            except OutOfSequences:
+                self.counters.failures["out_of_sequences"] += 1
+                raise
+            except SequenceTooLong:
+                self.counters.failures["sequence_too_long"] += 1
+                raise
+
+    def _oldest_in_flight(self) -> int:
+        return next(iter(self._in_flight), self._next_step)
+
+    def _fences(self, after: Fence | None) -> tuple[Fence, ...]:
+        fences: tuple[Fence, ...] = () if after is None else (after,)
+        if self._in_flight:
+            fences += (_StepFence(next(reversed(self._in_flight)), self._oldest_in_flight),)
+        return fences
+
+    def _require_length(self, length: int) -> None:
+        if length > self.max_seq_len:
+            raise SequenceTooLong(length, self.max_seq_len)
+
+    def _release(self, rows: Ints, keep: Ints, fences: tuple[Fence, ...]) -> None:
+        for index, tier in enumerate(self.tiers):
+            here = self.table.tier[rows] == index
+            tier.pool.release(self.table.blocks_leaf_first(rows[here].tolist(), keep[here].tolist()), fences)
+
+    def _add(self, root: bytes, prompt: Prompt) -> Sequence:
+        device, table = self.tiers[DEVICE], self.table
+        usable = max(len(prompt.tokens) - 1, 0) // self.block_size
+        blocks = device.index.match(prompt.names[:usable])
+        row = table.create(root)
+        cached = len(blocks) * self.block_size
+        device.share(blocks)
+        table.blocks[row, : len(blocks)] = blocks
+        table.num_blocks[row] = len(blocks)
+        table.reserved[row] = table.computed[row] = table.committed[row] = cached
+        if len(prompt.names) > len(blocks):
+            table.prompts[row] = prompt
+        self.counters.prefix_query_tokens += len(prompt.tokens)
+        self.counters.prefix_hit_tokens += cached
+        return table.handle(row, cached)
+
+    def _ids(self, plan: Plan, tokens: SequenceOf[Tokens | None] | None, alive: npt.NDArray[np.bool_]) -> list[TokenArray | None]:
+        """The ids of each sequence of a step, from ``reserve`` or from ``commit``."""
+        late: SequenceOf[Tokens | None] = [None] * len(plan.rows) if tokens is None else tokens
+        if len(late) != len(plan.rows):
+            raise InvalidInput(f"step {plan.step} has {len(plan.rows)} sequences, got tokens for {len(late)}")
+        ids: list[TokenArray | None] = []
+        for i, (known, new) in enumerate(zip(plan.tokens, late, strict=True)):
+            packed = None if new is None or not alive[i] else pack_tokens(new)
+            if packed is not None and (known is not None or len(packed) != plan.counts[i]):
+                reason = "were given at reserve" if known is not None else f"must be {plan.counts[i]}, got {len(packed)}"
+                raise InvalidInput(f"step {plan.step}, sequence {i}: its token ids {reason}")
+            ids.append(known if packed is None else packed)
+        return ids
+
+    def _commit_tokens(self, row: int, ids: TokenArray, slots: Ints) -> None:
+        """Record ids and publish the blocks that became full, or share those that others published meanwhile."""
+        device, table, size = self.tiers[DEVICE], self.table, self.block_size
+        before = int(table.committed[row])
+        table.committed[row] = after = before + len(ids)
+        device.index.tokens.reshape(-1)[slots] = ids
+        first, last = before // size, after // size
+        for column, name in zip(range(first, last), self._names(row, ids, before, first, last), strict=True):
+            own = int(table.blocks[row, column])
+            kept = device.publish(own, name)
+            if kept != own:
+                device.share(np.array([kept], dtype=np.int32))
+                device.pool.release(np.array([own], dtype=np.int32), self._fences(None))
+                table.blocks[row, column] = kept
+                self.counters.duplicate_blocks += 1
+
+    def _names(self, row: int, ids: TokenArray, before: int, first: int, last: int) -> list[bytes]:
+        """Names of the blocks in columns [first, last); those of the prompt were hashed when it was added."""
+        table, index, size = self.table, self.tiers[DEVICE].index, self.block_size
+        prompt = table.prompts.get(row)
+        if prompt is not None and not np.array_equal(prompt.tokens[before : before + len(ids)], ids[: max(len(prompt.tokens) - before, 0)]):
+            prompt = table.prompts.pop(row) and None  # other tokens were run than announced
+        names = prompt.names[first:last] if prompt is not None else []
+        if prompt is not None and last >= len(prompt.names):
+            del table.prompts[row]
+        start = first + len(names)
+        if start < last:
+            parent = names[-1] if names else index.name(int(table.blocks[row, start - 1])) if start else table.roots[row]
+            names = names + hash_blocks(parent, index.tokens[table.blocks[row, start:last]].reshape(-1), size)
+        return names
+
+    def _begin_transfer(self, sequences: SequenceOf[Sequence], source: int, target: int) -> Transfer:
+        with self._verb():
+            rows = self.table.rows(sequences)
+            if len(self.tiers) <= HOST:
+                raise InvalidInput("there is no host tier to swap with: set pool.host_blocks or pool.host_size")
+            self.table.require_idle(rows, "swap")
+            self.table.require_tier(rows, source)
+            transfer = swapping.begin(rows, self.tiers[source], self.tiers[target], self.table)
+            self._moving.append(transfer)
+            return transfer
+
+    def _end_transfer(self, transfer: Transfer) -> None:
+        if not any(moving is transfer for moving in self._moving):
+            raise StepOrderError("this transfer is not under way: each is finished or cancelled once")
+        self._moving = [moving for moving in self._moving if moving is not transfer]

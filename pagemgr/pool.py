@@ -1,0 +1,225 @@
+"""Blocks and their reference counts, for one tier.
+
+Rule 1: only this file changes a reference count. Rule 2: it knows nothing of sequences, hashes or tensors.
+
+States, each defined by what holds the block and what moves it out:
+
+    null     block 0: pads tables, is never given out.
+    free     nobody's, and its content is worthless. ``take`` moves it to open.
+    open     referenced and being filled. ``seal`` moves it to full, the last ``release`` to free (or fenced).
+    full     referenced and immutable: published under a hash. The last ``release`` moves it to cached (or fenced).
+    cached   published, unreferenced. ``acquire`` (a prefix hit) moves it to full, ``take`` (an eviction) to open.
+    fenced   unreferenced, but something in flight may still use it. When its last fence has passed it becomes cached
+             if it is published, else free; ``acquire`` moves it back to full or open meanwhile.
+
+Conservation, asserted by ``check``: null + free + open + full + cached + fenced == num_blocks, and a block has
+references exactly when it is open or full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InternalError, InvalidInput, OutOfBlocks
+from .eviction import Blocks, EvictionPolicy
+from .layout import NULL_BLOCK
+
+
+class BlockState(IntEnum):
+    """See the module's docstring."""
+
+    null = 0
+    free = 1
+    open = 2
+    full = 3
+    cached = 4
+    fenced = 5
+
+
+class Fence(Protocol):
+    """Something that passes once and stays passed, such as a recorded ``torch.cuda.Event``."""
+
+    def query(self) -> bool:
+        """True once everything the fence stands for is done."""
+
+
+class BlockPool:
+    """The blocks of one tier. Every method takes arrays of block ids (int32) and is all or nothing."""
+
+    def __init__(self, num_blocks: int, policy: EvictionPolicy, tier: str = "device") -> None:
+        if num_blocks < 2:
+            raise InvalidInput(f"a tier needs at least 2 blocks (one is the null block), got {num_blocks}")
+        self.num_blocks = num_blocks
+        self.tier = tier
+        self.policy = policy
+        self.refs = np.zeros(num_blocks, dtype=np.int32)
+        self.state = np.full(num_blocks, BlockState.free, dtype=np.uint8)
+        self.state[NULL_BLOCK] = BlockState.null
+        self.published = np.zeros(num_blocks, dtype=np.bool_)
+        self.pending = np.zeros(num_blocks, dtype=np.int32)  # fences that each block still waits for
+        self.counts = [0] * len(BlockState)
+        self.counts[BlockState.null] = 1
+        self.counts[BlockState.free] = num_blocks - 1
+        # A stack of blanks: the last released is the first reused, while its cache lines are warm.
+        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
+        self._fences: list[tuple[tuple[Fence, ...], Blocks]] = []
+        self.num_allocated = 0
+        self.num_released = 0
+        self.num_evicted = 0
+
+    @property
+    def available(self) -> int:
+        """Blocks that ``peek`` can give: free plus cached."""
+        return self.counts[BlockState.free] + self.counts[BlockState.cached]
+
+    def require(self, count: int) -> None:
+        """Raise ``OutOfBlocks`` unless ``count`` blocks are available."""
+        if count > self.available:
+            raise OutOfBlocks(count, self.available, self.counts[BlockState.fenced], self.tier)
+
+    def peek(self, count: int) -> Blocks:
+        """The next ``count`` blocks that ``take`` would give: blanks first, then the policy's victims. Pure.
+
+        Raises ``OutOfBlocks``.
+        """
+        self.require(count)
+        free = self.counts[BlockState.free]
+        blanks = self._stack[max(free - count, 0) : free][::-1]
+        if len(blanks) == count:
+            return blanks.copy()
+        victims = self.policy.victims(count - len(blanks))
+        if len(victims) != count - len(blanks) or (self.state[victims] != BlockState.cached).any():
+            raise InternalError(f"{type(self.policy).__name__} offered blocks that cannot be evicted")
+        return np.concatenate([blanks, victims])
+
+    def take(self, blocks: Blocks) -> Blocks:
+        """Give out what ``peek`` just returned: open, one reference each. Returns those that were evicted."""
+        blanks = min(len(blocks), self.counts[BlockState.free])
+        evicted = blocks[blanks:]
+        self.counts[BlockState.free] -= blanks
+        self.counts[BlockState.cached] -= len(evicted)
+        self.counts[BlockState.open] += len(blocks)
+        if len(evicted):
+            self.policy.remove(evicted)
+            self.published[evicted] = False
+        self.refs[blocks] = 1
+        self.state[blocks] = BlockState.open
+        self.num_allocated += len(blocks)
+        self.num_evicted += len(evicted)
+        return evicted
+
+    def acquire(self, blocks: Blocks) -> None:
+        """Add a reference per entry; a block may be named more than once. Refuses blocks without content."""
+        states = self.state[blocks]
+        if ((states == BlockState.free) | (states == BlockState.null)).any():
+            raise InternalError(f"reference to a {self.tier} block that holds nothing: {blocks[states <= 1][:8].tolist()}")
+        idle = np.unique(blocks[self.refs[blocks] == 0])
+        if len(idle):
+            cached = idle[self.state[idle] == BlockState.cached]
+            self.policy.remove(cached)
+            self._recount(idle, np.where(self.published[idle], BlockState.full, BlockState.open))
+        np.add.at(self.refs, blocks, 1)
+
+    def release(self, blocks: Blocks, fences: tuple[Fence, ...] = ()) -> None:
+        """Drop a reference per entry; a block may be named more than once, and its last mention orders it.
+
+        Blocks left without references become cached or free in that order, once ``fences`` have passed. Dropping a
+        reference that does not exist is refused before anything changes.
+        """
+        distinct, drops = _in_order_of_last_mention(blocks)
+        left = self.refs[distinct] - drops
+        if (left < 0).any():
+            raise InternalError(f"double free of {self.tier} blocks {distinct[left < 0][:8].tolist()}")
+        self.refs[distinct] = left
+        if fences:
+            self.pending[distinct] += 1
+            self._fences.append((fences, distinct))
+        idle = distinct[left == 0]
+        self.num_released += len(idle)
+        waits = self.pending[idle] > 0
+        if waits.any():
+            self._recount(idle[waits], BlockState.fenced)
+            idle = idle[~waits]
+        self._settle(idle)
+
+    def seal(self, blocks: Blocks) -> None:
+        """Open blocks become full: immutable, published under a hash."""
+        if (self.state[blocks] != BlockState.open).any():
+            raise InternalError(f"only open blocks can be sealed, not {blocks[:8].tolist()}")
+        self.published[blocks] = True
+        self._recount(blocks, BlockState.full)
+
+    def poll(self) -> None:
+        """Let go of the blocks whose fences have passed. If a fence raises, nothing has changed."""
+        if not self._fences:
+            return
+        passed = [all(fence.query() for fence in fences) for fences, _ in self._fences]
+        batches = self._fences
+        self._fences = [batch for batch, done in zip(batches, passed, strict=True) if not done]
+        for (_, blocks), done in zip(batches, passed, strict=True):
+            if done:
+                self.pending[blocks] -= 1
+                self._settle(blocks[(self.pending[blocks] == 0) & (self.state[blocks] == BlockState.fenced)])
+
+    def writable(self, blocks: Blocks) -> npt.NDArray[np.bool_]:
+        """Which of these a single owner may write in place."""
+        return np.asarray((self.state[blocks] == BlockState.open) & (self.refs[blocks] == 1))
+
+    def check(self, references: npt.NDArray[np.int64]) -> None:
+        """Raise ``InternalError`` unless every invariant holds; ``references[b]`` counts the table entries naming b."""
+        states = self.state
+        counted = np.bincount(states, minlength=len(BlockState)).tolist()
+        owned = (states == BlockState.open) | (states == BlockState.full)
+        free = np.sort(self._stack[: self.counts[BlockState.free]])
+        cached = self.policy.victims(self.counts[BlockState.cached])
+        fenced = [blocks for _, blocks in self._fences]
+        pending = np.bincount(np.concatenate(fenced), minlength=self.num_blocks) if fenced else np.zeros_like(states)
+        laws: Sequence[tuple[str, bool]] = (
+            ("counts by state", counted == self.counts),
+            ("conservation", sum(self.counts) == self.num_blocks),
+            ("the null block is nobody's", states[NULL_BLOCK] == BlockState.null and counted[BlockState.null] == 1),
+            ("references equal table entries", bool((self.refs == references).all())),
+            ("references exactly in open and full", bool(((self.refs > 0) == owned).all())),
+            ("the free stack holds the free blocks", np.array_equal(free, np.flatnonzero(states == BlockState.free))),
+            ("the policy holds the cached blocks", np.array_equal(np.sort(cached), np.flatnonzero(states == BlockState.cached))),
+            ("full and cached are published", bool(self.published[(states == BlockState.full) | (states == BlockState.cached)].all())),
+            ("free and open are not", not self.published[(states == BlockState.free) | (states == BlockState.open)].any()),
+            ("pending counts fences", bool((pending == self.pending).all())),
+            ("fenced blocks wait for a fence", bool((self.pending[states == BlockState.fenced] > 0).all())),
+        )
+        for law, holds in laws:
+            if not holds:
+                raise InternalError(f"{self.tier} pool: broken invariant: {law}")
+
+    def _settle(self, idle: Blocks) -> None:
+        """Unreferenced, unfenced blocks become cached or free, in order."""
+        if not len(idle):
+            return
+        published = self.published[idle]
+        if published.any():
+            cached = idle[published]
+            self._recount(cached, BlockState.cached)
+            self.policy.insert(cached)
+            idle = idle[~published]
+        start = self.counts[BlockState.free]
+        self._recount(idle, BlockState.free)
+        self._stack[start : start + len(idle)] = idle
+
+    def _recount(self, blocks: Blocks, new: BlockState | npt.NDArray[np.int64]) -> None:
+        """Set states and keep the counts true."""
+        gone = np.bincount(self.state[blocks], minlength=len(BlockState))
+        self.state[blocks] = new
+        come = np.bincount(self.state[blocks], minlength=len(BlockState))
+        self.counts = (np.asarray(self.counts) - gone + come).tolist()
+
+
+def _in_order_of_last_mention(blocks: Blocks) -> tuple[Blocks, npt.NDArray[np.int64]]:
+    """The distinct blocks, ordered by where each is named last, and how often each is named."""
+    distinct, from_end, mentions = np.unique(blocks[::-1], return_index=True, return_counts=True)
+    order = np.argsort(-from_end)
+    return distinct[order], mentions[order]

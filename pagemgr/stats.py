@@ -1,0 +1,93 @@
+"""One atomic snapshot of what the manager holds and has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, plain integers that the verbs add to."""
+
+    prefix_query_tokens: int = 0
+    """Prompt tokens of added sequences."""
+    prefix_hit_tokens: int = 0
+    """Those of them that were found in the prefix cache."""
+    duplicate_blocks: int = 0
+    """Blocks that two sequences computed at once; the later one was given back."""
+    cow_copies: int = 0
+    steps_committed: int = 0
+    steps_aborted: int = 0
+    tokens_committed: int = 0
+    swapped_blocks: dict[str, int] = field(default_factory=lambda: {"out": 0, "in": 0})
+    """Blocks whose bytes moved, by direction."""
+    swapped_sequences: dict[str, int] = field(default_factory=lambda: {"out": 0, "in": 0})
+    swap_failures: dict[str, int] = field(default_factory=lambda: {"out": 0, "in": 0})
+    failures: dict[str, int] = field(
+        default_factory=lambda: {"out_of_blocks": 0, "out_of_sequences": 0, "sequence_too_long": 0}
+    )
+    """Calls refused for want of room, by reason."""
+    invariant_violations: int = 0
+    """Must stay 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Blocks of one tier by state (they sum to ``num_blocks``), and slots by what they hold."""
+
+    name: str
+    num_blocks: int
+    block_size: int
+    null: int
+    free: int
+    open: int
+    full: int
+    cached: int
+    fenced: int
+    references: int
+    """Table entries; more than ``open + full`` by what sharing saves."""
+    waste_slots: int
+    """Slots of open blocks that hold no token yet."""
+    allocated_total: int
+    released_total: int
+    evicted_total: int
+    sequences: int
+
+    @property
+    def used(self) -> int:
+        """Blocks that sequences hold."""
+        return self.open + self.full
+
+    @property
+    def saved(self) -> int:
+        """Blocks that would be needed on top if nothing were shared."""
+        return self.references - self.used
+
+    @property
+    def utilization(self) -> float:
+        """Share of the blocks that can be given out which sequences hold, 0 to 1."""
+        return self.used / (self.num_blocks - self.null)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The manager at one instant, taken under its lock."""
+
+    tiers: tuple[TierStats, ...]
+    counters: Counters
+    sequences: int
+    max_sequences: int
+    steps_in_flight: int
+    digest: str
+    """Equal on ranks whose managers were called alike and decided alike."""
+
+    @property
+    def device(self) -> TierStats:
+        """The first tier."""
+        return self.tiers[0]
+
+    @property
+    def hit_ratio(self) -> float:
+        """Prompt tokens found in the prefix cache, 0 to 1."""
+        queried = self.counters.prefix_query_tokens
+        return self.counters.prefix_hit_tokens / queried if queried else 0.0

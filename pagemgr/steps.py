@@ -1,0 +1,120 @@
+"""One step on the block table: planned without changing anything, then applied or undone.
+
+Copy-on-write is decided here. A step writes into the tail block of a sequence only if it is the block's one owner; a
+tail that others share, or that is published (after a truncate into it), is replaced by a copy first. If all owners of
+a shared tail are in the batch, the last of them keeps it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .eviction import Blocks
+from .plan import Copies, Ints, Plan
+from .pool import BlockState, Fence
+from .prefix import TokenArray
+from .sequences import SequenceTable
+from .tier import Tier
+
+
+def plan_step(
+    step: int, tier: Tier, table: SequenceTable, rows: Ints, counts: Ints, tokens: tuple[TokenArray | None, ...]
+) -> Plan:
+    """Decide which blocks the batch gets. Pure; raises ``OutOfBlocks``."""
+    size = tier.index.block_size
+    starts = table.reserved[rows]
+    ends = starts + counts
+    have = table.num_blocks[rows]
+    growth = -(-ends // size) - have
+    copied, tails = _copied_tails(tier, table, rows, starts, size)
+    blocks = tier.pool.peek(len(copied) + int(growth.sum()))
+    fresh, added = blocks[: len(copied)], blocks[len(copied) :]
+
+    table_rows = np.repeat(np.arange(len(rows)), growth)
+    columns = np.repeat(have, growth) + _ramp(growth)
+    tail_columns = starts[copied] // size
+    block_table = table.blocks[rows, : int((have + growth).max(initial=0))]
+    block_table[table_rows, columns] = added
+    block_table[copied, tail_columns] = fresh
+
+    positions = np.repeat(starts, counts) + _ramp(counts)
+    token_rows = np.repeat(np.arange(len(rows)), counts)
+    slots = block_table[token_rows, positions // size].astype(np.int64) * size + positions % size
+    pairs = np.stack([tails, fresh], axis=1)
+    return Plan(
+        step=step,
+        rows=rows,
+        generations=table.generation[rows],
+        previous=table.last_step[rows],
+        starts=starts,
+        counts=counts,
+        tokens=tokens,
+        block_table=block_table,
+        query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        slot_mapping=slots,
+        copies=(Copies(tier.name, tier.name, pairs),) if len(pairs) else (),
+        grown=(rows[table_rows], columns, added),
+        replaced=(rows[copied], tail_columns, fresh, tails),
+    )
+
+
+def apply_step(plan: Plan, tier: Tier, table: SequenceTable, fence: Fence) -> None:
+    """Make the plan true. The replaced tails stay readable until ``fence``, the step itself, has passed."""
+    rows, columns, added = plan.grown
+    tail_rows, tail_columns, fresh, tails = plan.replaced
+    tier.take(np.concatenate([fresh, added]))
+    table.blocks[rows, columns] = added
+    table.blocks[tail_rows, tail_columns] = fresh
+    if len(tails):
+        tier.index.tokens[fresh] = tier.index.tokens[tails]
+        tier.pool.release(tails, (fence,))
+    table.reserved[plan.rows] = plan.starts + plan.counts
+    table.num_blocks[plan.rows] = -(-table.reserved[plan.rows] // tier.index.block_size)
+    table.last_step[plan.rows] = plan.step
+
+
+def undo_step(plan: Plan, tier: Tier, table: SequenceTable, oldest: int) -> None:
+    """Take the plan back for the sequences that still live; ``oldest`` is the oldest step left in flight.
+
+    Blocks go back in the order in which a plan made again would take them.
+    """
+    alive = alive_in(plan, table)
+    gone = plan.rows[~alive]
+    rows, columns, added = plan.grown
+    tail_rows, tail_columns, fresh, tails = plan.replaced
+    keep, keep_tail = ~np.isin(rows, gone), ~np.isin(tail_rows, gone)
+    table.blocks[rows[keep], columns[keep]] = 0
+    table.blocks[tail_rows[keep_tail], tail_columns[keep_tail]] = tails[keep_tail]
+    if keep_tail.any():
+        tier.pool.acquire(tails[keep_tail])
+    tier.pool.release(np.concatenate([fresh[keep_tail], added[keep]])[::-1])
+    rows = plan.rows[alive]
+    table.reserved[rows] = plan.starts[alive]
+    table.num_blocks[rows] = -(-plan.starts[alive] // tier.index.block_size)
+    table.last_step[rows] = np.where(plan.previous[alive] >= oldest, plan.previous[alive], 0)
+
+
+def alive_in(plan: Plan, table: SequenceTable) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which sequences of the plan were not freed since."""
+    return np.asarray(table.live[plan.rows] & (table.generation[plan.rows] == plan.generations))
+
+
+def _copied_tails(tier: Tier, table: SequenceTable, rows: Ints, starts: Ints, size: int) -> tuple[Ints, Blocks]:
+    """Batch positions whose partly filled tail must be copied before it is written, and those tails."""
+    partial = np.flatnonzero(starts % size)
+    tails = table.blocks[rows[partial], starts[partial] // size]
+    mine = tier.pool.writable(tails)
+    if mine.all():
+        return partial[:0], tails[:0]
+    shared, tails = partial[~mine], tails[~mine]
+    distinct, last_from_end, mentions = np.unique(tails[::-1], return_index=True, return_counts=True)
+    whole = (tier.pool.refs[distinct] == mentions) & (tier.pool.state[distinct] == BlockState.open)
+    keepers = len(tails) - 1 - last_from_end[whole]
+    return np.delete(shared, keepers), np.delete(tails, keepers)
+
+
+def _ramp(counts: Ints) -> Ints:
+    """0, 1, … up to each count in turn."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) - np.repeat(ends - counts, counts)

@@ -1,0 +1,96 @@
+"""Moving whole sequences between two tiers, in either direction: begun, then finished or cancelled.
+
+While a transfer is under way its rows keep their blocks in the source tier and already own blocks in the target tier,
+so that neither a failure nor another caller can lose either side. A block that several rows share is copied once and
+shared again in the target; one whose name the target holds is not copied at all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import InternalError
+from .eviction import Blocks
+from .plan import Copies, Ints, Transfer
+from .pool import Fence
+from .sequences import IDLE, MOVING, SequenceTable
+from .tier import Tier
+
+
+def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Transfer:
+    """Own blocks of the target tier for all of ``rows``, or raise ``OutOfBlocks`` and change nothing."""
+    old = [table.blocks[row, : table.num_blocks[row]] for row in rows.tolist()]
+    entries = np.concatenate([*old, np.zeros(0, dtype=np.int32)])
+    distinct, first, inverse, mentions = np.unique(entries, return_index=True, return_inverse=True, return_counts=True)
+    names = {b: source.index.name(b) for b in distinct[source.pool.published[distinct]].tolist()}
+    known = [target.index.find(names[b]) if b in names else None for b in distinct.tolist()]
+    there = np.array([b is not None for b in known], dtype=np.bool_)
+    held = np.array([b for b in known if b is not None], dtype=np.int32)
+    # Copy in the order of the rows, so that a sequence's blocks stay together in the target.
+    missing = np.flatnonzero(~there)[np.argsort(first[~there])]
+
+    target.pool.require(len(missing) + target.idle(held))
+    new = np.empty(len(distinct), dtype=np.int32)
+    new[there] = held
+    target.share(np.repeat(held, mentions[there]))
+    new[missing] = fresh = target.pool.peek(len(missing))
+    target.take(fresh)
+    target.share(np.repeat(new, np.where(there, 0, mentions - 1)))
+    table.last_step[rows] = MOVING
+
+    pairs = np.stack([distinct[missing], fresh], axis=1)
+    ends = np.cumsum([len(blocks) for blocks in old])
+    return Transfer(
+        source=source.name,
+        target=target.name,
+        rows=rows,
+        copies=(Copies(source.name, target.name, pairs),) if len(pairs) else (),
+        moved=tuple(np.split(new[inverse], ends[:-1])) if len(rows) else (),
+        names=tuple((b, names[a]) for a, b in pairs.tolist() if a in names),
+    )
+
+
+def finish(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fences: tuple[Fence, ...]) -> None:
+    """Point the rows at the target tier and give back the source's blocks once ``fences`` have passed."""
+    source, target = (tier_named(tiers, name) for name in (transfer.source, transfer.target))
+    leaving = table.blocks_leaf_first(transfer.rows.tolist())
+    for copies in transfer.copies:
+        target.index.tokens[copies.pairs[:, 1]] = source.index.tokens[copies.pairs[:, 0]]
+    for row, blocks in zip(transfer.rows.tolist(), transfer.moved, strict=True):
+        table.blocks[row, : len(blocks)] = blocks
+    table.tier[transfer.rows] = tiers.index(target)
+    table.last_step[transfer.rows] = IDLE
+    source.pool.release(leaving, fences)
+    for block, name in transfer.names:
+        kept = target.publish(block, name)
+        if kept != block:
+            _replace(target, table, transfer.rows, block, kept)
+
+
+def cancel(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable) -> None:
+    """Give back the target's blocks; the rows never left."""
+    owned = [blocks[::-1] for blocks in transfer.moved]
+    tier_named(tiers, transfer.target).pool.release(np.concatenate([*owned, np.zeros(0, dtype=np.int32)]))
+    table.last_step[transfer.rows] = IDLE
+
+
+def tier_named(tiers: tuple[Tier, ...], name: str) -> Tier:
+    """The tier called ``name``."""
+    for tier in tiers:
+        if tier.name == name:
+            return tier
+    raise InternalError(f"no tier {name!r}")
+
+
+def _replace(tier: Tier, table: SequenceTable, rows: Ints, old: int, new: int) -> None:
+    """Somebody published the same prefix while the bytes moved: share theirs."""
+    mine, columns = np.nonzero(table.blocks[rows] == old)
+    tier.share(np.full(len(mine), new, dtype=np.int32))
+    table.blocks[rows[mine], columns] = new
+    tier.pool.release(np.full(len(mine), old, dtype=np.int32))
+
+
+def owned_in_target(transfers: list[Transfer], tier: Tier) -> Blocks:
+    """Blocks of ``tier`` that transfers under way own, once per entry."""
+    owned = [blocks for moving in transfers if moving.target == tier.name for blocks in moving.moved]
+    return np.concatenate([*owned, np.zeros(0, dtype=np.int32)])

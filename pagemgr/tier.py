@@ -1,0 +1,53 @@
+"""A tier: a pool of blocks and the names of what they hold. Device and host are the same thing twice."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import numpy as np
+
+from .errors import InternalError
+from .eviction import Blocks, make_policy
+from .pool import BlockPool, BlockState
+from .prefix import PrefixIndex
+
+
+class Tier:
+    """Pool and index, kept in agreement: a block that is given out anew loses its name."""
+
+    def __init__(self, name: str, num_blocks: int, block_size: int, policy: str) -> None:
+        self.name = name
+        self.pool = BlockPool(num_blocks, make_policy(policy, num_blocks), name)
+        self.index = PrefixIndex(num_blocks, block_size)
+        self.digest = 0
+        """Running checksum of every block given out or shared, in order: equal on ranks that decided alike."""
+
+    def take(self, blocks: Blocks) -> None:
+        """Give out what ``pool.peek`` returned."""
+        self.index.forget(self.pool.take(blocks))
+        self.digest = crc32(blocks.tobytes(), self.digest)
+
+    def share(self, blocks: Blocks) -> None:
+        """One more reference to blocks that hold something."""
+        self.pool.acquire(blocks)
+        self.digest = crc32(blocks.tobytes(), self.digest)
+
+    def publish(self, block: int, name: bytes) -> int:
+        """The block that stands for ``name`` from now on: ``block``, or the one that already does."""
+        known = self.index.find(name)
+        if known is not None:
+            return known
+        self.pool.seal(np.array([block], dtype=np.int32))
+        self.index.publish(block, name)
+        return block
+
+    def idle(self, blocks: Blocks) -> int:
+        """How many of these blocks are counted as available, so that sharing them takes from what can be given."""
+        return int(np.count_nonzero(self.pool.state[blocks] == BlockState.cached))
+
+    def check(self, references: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        """Raise ``InternalError`` unless pool and index are sound and agree."""
+        self.pool.check(references)
+        self.index.check(np.flatnonzero(self.pool.published).astype(np.int32))
+        if (self.index.tokens < 0).any():
+            raise InternalError(f"{self.name} tier: a negative token id")
