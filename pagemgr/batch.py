@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .plan import Plan
+
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
@@ -38,3 +40,50 @@ class PagedBatch:
     def num_tokens(self) -> int:
         """New tokens in the batch."""
         return int(self.slot_mapping.shape[0])
+
+
+class _Buffer:
+    """One array of a batch on the device, at an address that never changes, filled through pinned host memory."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(size, dtype=dtype, device=device)
+        on_gpu = device.type == "cuda"
+        self._staging = torch.zeros(size, dtype=dtype, pin_memory=True) if on_gpu else self.tensor
+
+    def fill(self, data: torch.Tensor) -> torch.Tensor:
+        """The leading elements, shaped as ``data`` and holding it."""
+        n = data.numel()
+        self._staging[:n] = data.reshape(-1)
+        if self._staging is not self.tensor:
+            self.tensor[:n].copy_(self._staging[:n], non_blocking=True)
+        return self.tensor[:n].view(data.shape)
+
+
+class BatchBuffers:
+    """The tensors of one step in flight. A step holds a set from ``reserve`` until it ends, then the next reuses it."""
+
+    def __init__(self, device: torch.device, max_sequences: int, width: int, max_tokens: int) -> None:
+        self._device = device
+        self._block_table = _Buffer(max_sequences * width, torch.int32, device)
+        self._seq_lens = _Buffer(max_sequences, torch.int32, device)
+        self._query_start = _Buffer(max_sequences + 1, torch.int32, device)
+        self._slot_mapping = _Buffer(max_tokens, torch.int64, device)
+        self._uploaded: torch.cuda.Event | None = None
+
+    def fill(self, plan: Plan) -> PagedBatch:
+        """The batch of a plan, uploaded on the current stream."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()  # the staging memory may not change under a copy that is still under way
+        seq_lens = plan.seq_lens
+        batch = PagedBatch(
+            block_table=self._block_table.fill(torch.from_numpy(plan.block_table)),
+            seq_lens=self._seq_lens.fill(torch.from_numpy(seq_lens)),
+            query_start=self._query_start.fill(torch.from_numpy(plan.query_start)),
+            slot_mapping=self._slot_mapping.fill(torch.from_numpy(plan.slot_mapping)),
+            max_query_len=int(plan.counts.max()),
+            max_seq_len=int(seq_lens.max()),
+        )
+        if self._device.type == "cuda":
+            self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._uploaded.record(torch.cuda.current_stream(self._device))
+        return batch

@@ -347,14 +347,16 @@ class BlockManager:
         table.committed[row] = after = before + len(ids)
         device.index.tokens.reshape(-1)[slots] = ids
         first, last = before // size, after // size
-        for column, name in zip(range(first, last), self._names(row, ids, before, first, last), strict=True):
-            own = int(table.blocks[row, column])
-            kept = device.publish(own, name)
-            if kept != own:
-                device.share(np.array([kept], dtype=np.int32))
-                device.pool.release(np.array([own], dtype=np.int32), self._fences(None))
-                table.blocks[row, column] = kept
-                self.counters.duplicate_blocks += 1
+        if first == last:
+            return
+        own = table.blocks[row, first:last].copy()
+        kept = device.publish(own, self._names(row, ids, before, first, last))
+        known = kept != own
+        if known.any():
+            device.share(kept[known])
+            device.pool.release(own[known][::-1], self._fences(None))
+            table.blocks[row, first:last] = kept
+            self.counters.duplicate_blocks += int(known.sum())
 
     def _names(self, row: int, ids: TokenArray, before: int, first: int, last: int) -> list[bytes]:
         """Names of the blocks in columns [first, last); those of the prompt were hashed when it was added."""

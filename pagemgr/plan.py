@@ -74,8 +74,8 @@ class Transfer:
     """Only blocks whose bytes have to move: those that the target tier already holds do not."""
     moved: tuple[Blocks, ...]
     """Per row, the blocks of the target tier that it will consist of, in token order."""
-    names: tuple[tuple[int, bytes], ...]
-    """Blocks of the target tier to publish, with their names."""
+    names: tuple[Blocks, list[bytes]]
+    """Blocks of the target tier to publish, and their names."""
 
     @property
     def num_copied(self) -> int:

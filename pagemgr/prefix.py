@@ -21,6 +21,7 @@ from .eviction import Blocks
 
 TokenArray = npt.NDArray[np.int32]
 
+DIGEST_BYTES = 32
 _FORMAT = b"pagemgr prefix 1"
 
 
@@ -82,7 +83,7 @@ class PrefixIndex:
         self.block_size = block_size
         self.tokens = np.zeros((num_blocks, block_size), dtype=np.int32)
         """Committed token ids by block and offset; what lies beyond a sequence's end is stale."""
-        self._names = np.zeros((num_blocks, 32), dtype=np.uint8)
+        self._names = np.zeros((num_blocks, DIGEST_BYTES), dtype=np.uint8)
         self._blocks: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -107,17 +108,20 @@ class PrefixIndex:
         """The name that a published block has."""
         return bytes(self._names[block])
 
-    def publish(self, block: int, name: bytes) -> None:
-        """Make ``block`` the one that holds ``name``."""
-        if name in self._blocks:
-            raise InternalError(f"two blocks under one name: {self._blocks[name]} and {block}")
-        self._blocks[name] = block
-        self._names[block] = np.frombuffer(name, dtype=np.uint8)
+    def publish(self, blocks: Blocks, names: list[bytes]) -> Blocks:
+        """Put distinct names on blocks. Returns who stands for each name now: the block, or one that already did."""
+        setdefault = self._blocks.setdefault
+        kept = np.array([setdefault(name, block) for name, block in zip(names, blocks.tolist(), strict=True)], np.int32)
+        new = kept == blocks
+        digests = np.frombuffer(b"".join(names), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        self._names[blocks[new]] = digests[new]
+        return kept
 
     def forget(self, blocks: Blocks) -> None:
         """These blocks were evicted."""
-        for block in blocks.tolist():
-            del self._blocks[self.name(block)]
+        packed = self._names[blocks].tobytes()
+        for start in range(0, len(packed), DIGEST_BYTES):
+            del self._blocks[packed[start : start + DIGEST_BYTES]]
 
     def check(self, published: Blocks) -> None:
         """Raise ``InternalError`` unless names and published blocks are one to one."""

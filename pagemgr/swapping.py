@@ -46,7 +46,7 @@ def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Trans
         rows=rows,
         copies=(Copies(source.name, target.name, pairs),) if len(pairs) else (),
         moved=tuple(np.split(new[inverse], ends[:-1])) if len(rows) else (),
-        names=tuple((b, names[a]) for a, b in pairs.tolist() if a in names),
+        names=(fresh[source.pool.published[pairs[:, 0]]], [names[a] for a in pairs[:, 0].tolist() if a in names]),
     )
 
 
@@ -61,10 +61,10 @@ def finish(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fe
     table.tier[transfer.rows] = tiers.index(target)
     table.last_step[transfer.rows] = IDLE
     source.pool.release(leaving, fences)
-    for block, name in transfer.names:
-        kept = target.publish(block, name)
-        if kept != block:
-            _replace(target, table, transfer.rows, block, kept)
+    kept = target.publish(*transfer.names)
+    for block, other in zip(transfer.names[0].tolist(), kept.tolist(), strict=True):
+        if other != block:
+            _replace(target, table, transfer.rows, block, other)
 
 
 def cancel(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable) -> None:

@@ -32,14 +32,11 @@ class Tier:
         self.pool.acquire(blocks)
         self.digest = crc32(blocks.tobytes(), self.digest)
 
-    def publish(self, block: int, name: bytes) -> int:
-        """The block that stands for ``name`` from now on: ``block``, or the one that already does."""
-        known = self.index.find(name)
-        if known is not None:
-            return known
-        self.pool.seal(np.array([block], dtype=np.int32))
-        self.index.publish(block, name)
-        return block
+    def publish(self, blocks: Blocks, names: list[bytes]) -> Blocks:
+        """Make open blocks full under distinct names. Returns who stands for each name: the block, or one that did."""
+        kept = self.index.publish(blocks, names)
+        self.pool.seal(blocks[kept == blocks])
+        return kept
 
     def idle(self, blocks: Blocks) -> int:
         """How many of these blocks are counted as available, so that sharing them takes from what can be given."""

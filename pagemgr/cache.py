@@ -1,0 +1,205 @@
+"""``PagedKVCache``: what an engine holds. It joins the manager's decisions, the storage's bytes and a backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as SequenceOf
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from .backends import registry
+from .backends.interface import AttentionParams
+from .batch import BatchBuffers, PagedBatch
+from .config import Config
+from .errors import InvalidInput, StepOrderError, TransferFailed
+from .manager import BlockManager, Tokens
+from .plan import Plan, Transfer
+from .pool import Fence
+from .prefix import Namespace
+from .sequences import Sequence
+from .stats import Stats
+from .storage import Storage
+
+_DEFAULT_PARAMS = AttentionParams()
+
+
+class Step:
+    """One forward pass over a batch. Leaving its ``with`` block without ``commit`` aborts it: nothing has changed."""
+
+    def __init__(self, cache: PagedKVCache, plan: Plan, batch: PagedBatch, buffers: BatchBuffers) -> None:
+        self.plan = plan
+        self.batch = batch
+        self._cache = cache
+        self._buffers: BatchBuffers | None = buffers
+
+    def attention(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        params: AttentionParams = _DEFAULT_PARAMS,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the new tokens' K and V of one layer, then attend to everything their sequences hold.
+
+        ``query`` ``[num_tokens, num_q_heads, head_dim]``, ``key`` and ``value`` ``[num_tokens, num_kv_heads,
+        head_dim]``, in the order of the batch. Returns ``[num_tokens, num_q_heads, head_dim]``; ``out`` and ``lse``
+        as in ``Backend.attention``. Raises ``InvalidInput``, ``UnsupportedFeature``.
+        """
+        self._require_open()
+        layout, tokens = self._cache.layout, self.plan.num_tokens
+        if not 0 <= layer < layout.num_layers:
+            raise InvalidInput(f"layer {layer} is not in [0, {layout.num_layers})")
+        kv_shape = (tokens, layout.num_kv_heads, layout.head_dim)
+        if key.shape != kv_shape or value.shape != kv_shape:
+            raise InvalidInput(f"key and value must be {list(kv_shape)}, got {list(key.shape)} and {list(value.shape)}")
+        if query.ndim != 3 or query.shape[0] != tokens or query.shape[2] != layout.head_dim or query.shape[1] % layout.num_kv_heads:
+            shape = f"[{tokens}, multiple of {layout.num_kv_heads}, {layout.head_dim}]"
+            raise InvalidInput(f"query must be {shape}, got {list(query.shape)}")
+        kv = self._cache.storage.layers[layer]
+        backend = self._cache.backend
+        backend.write_kv(key, value, kv, self.batch.slot_mapping)
+        return backend.attention(query, kv, self.batch, params, out, lse)
+
+    def commit(self, tokens: SequenceOf[Tokens | None] | None = None) -> None:
+        """Every layer has run. ``tokens`` as in ``BlockManager.commit``."""
+        self._require_open()
+        self._cache.manager.commit(self.plan, tokens)
+        self._end()
+
+    def abort(self) -> None:
+        """Take the step back."""
+        self._require_open()
+        self._cache.manager.abort(self.plan)
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._buffers is not None:
+            self.abort()
+
+    def _require_open(self) -> None:
+        if self._buffers is None:
+            raise StepOrderError(f"step {self.plan.step} has already ended")
+
+    def _end(self) -> None:
+        assert self._buffers is not None
+        self._cache.reclaim(self._buffers)
+        self._buffers = None
+
+
+class PagedKVCache:
+    """A paged KV cache: sequences in, attention out.
+
+    Raises ``ConfigError``, ``BackendUnavailable`` or ``UnsupportedFeature`` if what ``config`` asks for cannot be had.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.layout = config.layout
+        self.device = _device(config.device)
+        group_size = config.model.num_q_heads // config.model.num_kv_heads
+        self.backend = registry.create(config.backend, self.layout, group_size, self.device)
+        num_blocks = config.resolve_num_blocks(_free_bytes(self.device))
+        self.manager = BlockManager(
+            num_blocks,
+            self.layout.block_size,
+            max_sequences=config.pool.max_sequences,
+            max_seq_len=config.resolve_max_seq_len(num_blocks),
+            num_host_blocks=config.resolve_host_blocks(),
+            prefix_caching=config.prefix.enabled,
+            eviction=config.eviction.policy,
+        )
+        sizes = {tier.name: tier.pool.num_blocks for tier in self.manager.tiers}
+        self.storage = Storage(self.layout, sizes, self.device, self.backend)
+        self._idle_buffers: list[BatchBuffers] = []
+
+    def add(self, prompt: Tokens = (), namespace: Namespace | None = None) -> Sequence:
+        """A new sequence that starts with what is cached of its prompt; see ``BlockManager.add_many``."""
+        return self.manager.add(prompt, namespace)
+
+    def add_many(self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None) -> list[Sequence]:
+        """New sequences, all or none; see ``BlockManager.add_many``."""
+        return self.manager.add_many(prompts, namespaces)
+
+    def step(self, sequences: SequenceOf[Sequence], tokens: SequenceOf[Tokens | int]) -> Step:
+        """Reserve slots for the new tokens of a batch, for all of it or none; see ``BlockManager.reserve``."""
+        plan = self.manager.reserve(sequences, tokens)
+        try:
+            self.storage.execute(plan.copies)
+            buffers = self._idle_buffers.pop() if self._idle_buffers else self._make_buffers()
+            return Step(self, plan, buffers.fill(plan), buffers)
+        except BaseException:
+            self.manager.abort(plan)
+            raise
+
+    def fork(self, sequence: Sequence, n: int = 1) -> list[Sequence]:
+        """``n`` copies that share every block until one of them writes; see ``BlockManager.fork``."""
+        return self.manager.fork(sequence, n)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Cut a sequence back to ``length`` tokens; see ``BlockManager.truncate``."""
+        self.manager.truncate([sequence], [length])
+
+    def free(self, sequences: SequenceOf[Sequence], after: Fence | None = None) -> None:
+        """End sequences; their blocks are reused once ``after`` has passed. See ``BlockManager.free``."""
+        self.manager.free(sequences, after)
+
+    def swap_out(self, sequences: SequenceOf[Sequence]) -> None:
+        """Move sequences to host memory. Raises ``OutOfBlocks`` of the host, or ``TransferFailed``; all move or none."""
+        self._transfer(self.manager.swap_out(sequences))
+
+    def swap_in(self, sequences: SequenceOf[Sequence]) -> None:
+        """Move sequences back to the device. Raises ``OutOfBlocks``, or ``TransferFailed``; all move or none."""
+        self._transfer(self.manager.swap_in(sequences))
+
+    def length(self, sequence: Sequence) -> int:
+        """Tokens of a sequence whose K and V are in the cache."""
+        return int(self.manager.lengths([sequence])[0])
+
+    def stats(self) -> Stats:
+        """One consistent snapshot."""
+        return self.manager.stats()
+
+    def reclaim(self, buffers: BatchBuffers) -> None:
+        """A step ended: its tensors serve the next."""
+        self._idle_buffers.append(buffers)
+
+    def _transfer(self, transfer: Transfer) -> None:
+        try:
+            fence = self.storage.execute(transfer.copies)
+        except Exception as error:
+            self.manager.cancel(transfer)
+            raise TransferFailed(transfer.source, transfer.target, transfer.num_copied) from error
+        except BaseException:
+            self.manager.cancel(transfer)
+            raise
+        self.manager.finish(transfer, fence)
+
+    def _make_buffers(self) -> BatchBuffers:
+        rows, width = self.manager.table.blocks.shape
+        tokens = (self.manager.tiers[0].pool.num_blocks - 1) * self.layout.block_size
+        return BatchBuffers(self.device, rows, width, min(tokens, rows * self.manager.max_seq_len))
+
+
+def open_cache(path: str | os.PathLike[str] | None = None) -> PagedKVCache:
+    """A cache from a TOML file and the ``PAGEMGR_*`` environment; exported as ``pagemgr.open``."""
+    return PagedKVCache(Config.load(path))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
