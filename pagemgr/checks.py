@@ -8,19 +8,22 @@ import numpy as np
 
 from .errors import InternalError
 from .layout import NULL_BLOCK
-from .plan import Transfer
+from .plan import Ints, Transfer
 from .pool import BlockState
 from .prefix import hash_blocks
 from .sequences import IDLE, SequenceTable
 from .stats import Counters, Stats, TierStats
+from .steps import ramp
 from .swapping import owned_in_target
 from .tier import Tier
 
 
-def snapshot(tiers: tuple[Tier, ...], table: SequenceTable, counters: Counters, in_flight: int) -> Stats:
-    """Everything that ``Stats`` holds, in O(sequences)."""
+def snapshot(
+    tiers: tuple[Tier, ...], table: SequenceTable, moving: list[Transfer], counters: Counters, in_flight: int
+) -> Stats:
+    """Everything that ``Stats`` holds, in time that grows with the sequences and not with the pool."""
     return Stats(
-        tiers=tuple(_tier_stats(i, tier, table) for i, tier in enumerate(tiers)),
+        tiers=tuple(_tier_stats(i, tier, table, moving) for i, tier in enumerate(tiers)),
         counters=deepcopy(counters),
         sequences=table.num_live,
         max_sequences=len(table.live),
@@ -29,7 +32,7 @@ def snapshot(tiers: tuple[Tier, ...], table: SequenceTable, counters: Counters, 
     )
 
 
-def _tier_stats(number: int, tier: Tier, table: SequenceTable) -> TierStats:
+def _tier_stats(number: int, tier: Tier, table: SequenceTable, moving: list[Transfer]) -> TierStats:
     pool = tier.pool
     rows = np.flatnonzero(table.live & (table.tier == number))
     return TierStats(
@@ -37,8 +40,8 @@ def _tier_stats(number: int, tier: Tier, table: SequenceTable) -> TierStats:
         num_blocks=pool.num_blocks,
         block_size=tier.index.block_size,
         **{state.name: pool.counts[state] for state in BlockState},
-        references=int(table.num_blocks[rows].sum()),
-        waste_slots=_waste(rows, tier, table),
+        references=int(table.num_blocks[rows].sum()) + len(owned_in_target(moving, tier)),
+        waste_slots=_waste(rows, tier, table, moving),
         allocated_total=pool.num_allocated,
         released_total=pool.num_released,
         evicted_total=pool.num_evicted,
@@ -46,17 +49,29 @@ def _tier_stats(number: int, tier: Tier, table: SequenceTable) -> TierStats:
     )
 
 
-def _waste(rows: np.ndarray[tuple[int], np.dtype[np.int64]], tier: Tier, table: SequenceTable) -> int:
-    """Slots of open blocks that hold no token: of a block that several share, what its longest owner leaves."""
+def _waste(rows: Ints, tier: Tier, table: SequenceTable, moving: list[Transfer]) -> int:
+    """Slots of open blocks that hold no token: of a block that several share, what its longest owner leaves.
+
+    Only the columns that a row has not computed to the end are looked at. An owner that is not seen there has computed
+    the whole block, so that it wastes nothing.
+    """
     size = tier.index.block_size
-    left: dict[int, int] = {}
-    for row in rows.tolist():
-        computed = int(table.computed[row])
-        for column in range(computed // size, int(table.num_blocks[row])):
-            block = int(table.blocks[row, column])
-            empty = size - min(max(computed - column * size, 0), size)
-            left[block] = min(left.get(block, size), empty)
-    return sum(empty for block, empty in left.items() if tier.pool.state[block] == BlockState.open)
+    first = table.computed[rows] // size
+    tails = table.num_blocks[rows] - first
+    columns = np.repeat(first, tails) + ramp(tails)
+    blocks = [table.blocks[np.repeat(rows, tails), columns]]
+    filled = [np.clip(np.repeat(table.computed[rows], tails) - columns * size, 0, size)]
+    for transfer in moving:
+        if transfer.target == tier.name:
+            for row, owned in zip(transfer.rows.tolist(), transfer.moved, strict=True):
+                skipped = int(table.computed[row]) // size
+                blocks.append(owned[skipped:])
+                filled.append(table.computed[row] - size * np.arange(skipped, len(owned)))
+    distinct, where, seen = np.unique(np.concatenate(blocks), return_inverse=True, return_counts=True)
+    most = np.zeros(len(distinct), dtype=np.int64)
+    np.maximum.at(most, where, np.concatenate(filled))
+    wasteful = (tier.pool.state[distinct] == BlockState.open) & (tier.pool.refs[distinct] == seen)
+    return int((size - most[wasteful]).sum())
 
 
 def check(tiers: tuple[Tier, ...], table: SequenceTable, moving: list[Transfer], named: bool) -> None:

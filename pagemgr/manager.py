@@ -94,7 +94,7 @@ class BlockManager:
         empty. Raises ``OutOfSequences``, ``SequenceTooLong``, ``InvalidInput``.
         """
         packed = [pack_tokens(prompt) for prompt in prompts]
-        spaces = [namespace or Namespace() for namespace in namespaces or [None] * len(packed)]
+        spaces = [space or Namespace() for space in ([None] * len(packed) if namespaces is None else namespaces)]
         if len(spaces) != len(packed):
             raise InvalidInput(f"{len(packed)} prompts but {len(spaces)} namespaces")
         roots = [space.root(self.block_size) for space in spaces]
@@ -130,9 +130,9 @@ class BlockManager:
         with self._verb():
             rows = self.table.rows(sequences)
             self.table.require_idle(rows, "truncate")
-            target = np.asarray(lengths, dtype=np.int64)
-            if target.shape != rows.shape:
-                raise InvalidInput(f"{len(rows)} sequences but {target.size} lengths")
+            target = pack_tokens(lengths).astype(np.int64)
+            if len(target) != len(rows):
+                raise InvalidInput(f"{len(rows)} sequences but {len(target)} lengths")
             for row, length in zip(rows.tolist(), target.tolist(), strict=True):
                 if not 0 <= length <= self.table.computed[row]:
                     raise InvalidInput(f"length {length} is not in [0, {self.table.computed[row]}], what is computed")
@@ -243,8 +243,9 @@ class BlockManager:
     def finish(self, transfer: Transfer, after: Fence | None = None) -> None:
         """The bytes were copied, or will be by the time ``after`` passes: the sequences are in the other tier now."""
         with self._verb():
+            fences = self._fences(after)
             self._end_transfer(transfer)
-            swapping.finish(transfer, self.tiers, self.table, self._fences(after))
+            swapping.finish(transfer, self.tiers, self.table, fences)
             direction = "out" if transfer.target == "host" else "in"
             self.counters.swapped_blocks[direction] += transfer.num_copied
             self.counters.swapped_sequences[direction] += len(transfer.rows)
@@ -261,7 +262,7 @@ class BlockManager:
     def stats(self) -> Stats:
         """One consistent snapshot."""
         with self._verb():
-            return checks.snapshot(self.tiers, self.table, self.counters, len(self._in_flight))
+            return checks.snapshot(self.tiers, self.table, self._moving, self.counters, len(self._in_flight))
 
     def check(self) -> None:
         """Assert every invariant in O(pool + tokens). Raises ``InternalError`` and counts the violation."""
@@ -296,6 +297,8 @@ class BlockManager:
         return next(iter(self._in_flight), self._next_step)
 
     def _fences(self, after: Fence | None) -> tuple[Fence, ...]:
+        if after is not None and not callable(getattr(after, "query", None)):
+            raise InvalidInput(f"a fence needs a query() method, such as torch.cuda.Event has, got {after!r:.80}")
         fences: tuple[Fence, ...] = () if after is None else (after,)
         if self._in_flight:
             fences += (_StepFence(next(reversed(self._in_flight)), self._oldest_in_flight),)
@@ -346,11 +349,14 @@ class BlockManager:
         before = int(table.committed[row])
         table.committed[row] = after = before + len(ids)
         device.index.tokens.reshape(-1)[slots] = ids
+        prompt = table.prompts.get(row)
+        if prompt is not None and not np.array_equal(prompt.tokens[before:after], ids[: max(len(prompt.tokens) - before, 0)]):
+            del table.prompts[row]  # other tokens were run than announced: these names are not theirs
         first, last = before // size, after // size
         if first == last:
             return
         own = table.blocks[row, first:last].copy()
-        kept = device.publish(own, self._names(row, ids, before, first, last))
+        kept = device.publish(own, self._names(row, first, last))
         known = kept != own
         if known.any():
             device.share(kept[known])
@@ -358,12 +364,10 @@ class BlockManager:
             table.blocks[row, first:last] = kept
             self.counters.duplicate_blocks += int(known.sum())
 
-    def _names(self, row: int, ids: TokenArray, before: int, first: int, last: int) -> list[bytes]:
+    def _names(self, row: int, first: int, last: int) -> list[bytes]:
         """Names of the blocks in columns [first, last); those of the prompt were hashed when it was added."""
         table, index, size = self.table, self.tiers[DEVICE].index, self.block_size
         prompt = table.prompts.get(row)
-        if prompt is not None and not np.array_equal(prompt.tokens[before : before + len(ids)], ids[: max(len(prompt.tokens) - before, 0)]):
-            prompt = table.prompts.pop(row) and None  # other tokens were run than announced
         names = prompt.names[first:last] if prompt is not None else []
         if prompt is not None and last >= len(prompt.names):
             del table.prompts[row]

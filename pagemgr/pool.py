@@ -30,6 +30,9 @@ from .eviction import Blocks, EvictionPolicy
 from .layout import NULL_BLOCK
 
 
+_NO_BLOCKS: Blocks = np.zeros(0, dtype=np.int32)
+
+
 class BlockState(IntEnum):
     """See the module's docstring."""
 
@@ -77,22 +80,22 @@ class BlockPool:
         """Blocks that ``peek`` can give: free plus cached."""
         return self.counts[BlockState.free] + self.counts[BlockState.cached]
 
-    def require(self, count: int) -> None:
-        """Raise ``OutOfBlocks`` unless ``count`` blocks are available."""
-        if count > self.available:
-            raise OutOfBlocks(count, self.available, self.counts[BlockState.fenced], self.tier)
-
-    def peek(self, count: int) -> Blocks:
+    def peek(self, count: int, sparing: Blocks = _NO_BLOCKS) -> Blocks:
         """The next ``count`` blocks that ``take`` would give: blanks first, then the policy's victims. Pure.
 
-        Raises ``OutOfBlocks``.
+        Cached blocks in ``sparing`` are passed over: the caller is about to acquire them. Raises ``OutOfBlocks``.
         """
-        self.require(count)
+        spared = sparing[self.state[sparing] == BlockState.cached]
+        if count + len(spared) > self.available:
+            fenced = self.counts[BlockState.fenced]
+            raise OutOfBlocks(count, self.available - len(spared), fenced, self.tier)
         free = self.counts[BlockState.free]
         blanks = self._stack[max(free - count, 0) : free][::-1]
         if len(blanks) == count:
             return blanks.copy()
-        victims = self.policy.victims(count - len(blanks))
+        victims = self.policy.victims(count - len(blanks) + len(spared))
+        if len(spared):
+            victims = victims[~np.isin(victims, spared)][: count - len(blanks)]
         if len(victims) != count - len(blanks) or (self.state[victims] != BlockState.cached).any():
             raise InternalError(f"{type(self.policy).__name__} offered blocks that cannot be evicted")
         return np.concatenate([blanks, victims])
@@ -167,8 +170,8 @@ class BlockPool:
                 self._settle(blocks[(self.pending[blocks] == 0) & (self.state[blocks] == BlockState.fenced)])
 
     def writable(self, blocks: Blocks) -> npt.NDArray[np.bool_]:
-        """Which of these a single owner may write in place."""
-        return np.asarray((self.state[blocks] == BlockState.open) & (self.refs[blocks] == 1))
+        """Which of these their one owner may write in place: nobody else holds them, nothing else may still read them."""
+        return np.asarray((self.state[blocks] == BlockState.open) & (self.refs[blocks] == 1) & (self.pending[blocks] == 0))
 
     def check(self, references: npt.NDArray[np.int64]) -> None:
         """Raise ``InternalError`` unless every invariant holds; ``references[b]`` counts the table entries naming b."""

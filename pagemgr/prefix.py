@@ -53,7 +53,10 @@ def _framed(data: bytes) -> bytes:
 
 def pack_tokens(tokens: Iterable[int] | npt.ArrayLike) -> TokenArray:
     """Token ids as int32 ``[n]``. Raises ``InvalidInput`` unless they are integers in [0, 2**31)."""
-    array = np.asarray(tokens if hasattr(tokens, "__array__") else list(tokens))  # type: ignore[arg-type]
+    try:
+        array = np.asarray(tokens if hasattr(tokens, "__array__") else list(tokens))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"token ids must be one row of integers, got {tokens!r:.80}") from error
     if array.size == 0:
         return np.zeros(0, dtype=np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":

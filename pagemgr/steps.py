@@ -1,8 +1,10 @@
 """One step on the block table: planned without changing anything, then applied or undone.
 
-Copy-on-write is decided here. A step writes into the tail block of a sequence only if it is the block's one owner; a
-tail that others share, or that is published (after a truncate into it), is replaced by a copy first. If all owners of
-a shared tail are in the batch, the last of them keeps it.
+Copy-on-write is decided here. A step writes into the tail block of a sequence in place only if nobody else can ever
+read what it overwrites. So a tail is replaced by a copy if others share it, if it is published (after a truncate into
+it), or if it waits for a fence: then somebody who let go of it may still be reading it, or may get it back by an abort.
+One exception saves a copy: if all owners of a shared tail are in the batch, the longest keeps it, as it writes past
+what the others hold; among equals, the last.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ def plan_step(
     fresh, added = blocks[: len(copied)], blocks[len(copied) :]
 
     table_rows = np.repeat(np.arange(len(rows)), growth)
-    columns = np.repeat(have, growth) + _ramp(growth)
+    columns = np.repeat(have, growth) + ramp(growth)
     tail_columns = starts[copied] // size
     block_table = table.blocks[rows, : int((have + growth).max(initial=0))]
     block_table[table_rows, columns] = added
     block_table[copied, tail_columns] = fresh
 
-    positions = np.repeat(starts, counts) + _ramp(counts)
+    positions = np.repeat(starts, counts) + ramp(counts)
     token_rows = np.repeat(np.arange(len(rows)), counts)
     slots = block_table[token_rows, positions // size].astype(np.int64) * size + positions % size
     pairs = np.stack([tails, fresh], axis=1)
@@ -67,7 +69,10 @@ def apply_step(plan: Plan, tier: Tier, table: SequenceTable, fence: Fence) -> No
     table.blocks[tail_rows, tail_columns] = fresh
     if len(tails):
         tier.index.tokens[fresh] = tier.index.tokens[tails]
-        tier.pool.release(tails, (fence,))
+        # A tail that stays with a sequence of this step needs no fence: it cannot change hands before the step ends.
+        kept = np.isin(tails, plan.block_table[np.arange(len(plan.rows)), plan.starts // tier.index.block_size])
+        tier.pool.release(tails[kept])
+        tier.pool.release(tails[~kept], (fence,))
     table.reserved[plan.rows] = plan.starts + plan.counts
     table.num_blocks[plan.rows] = -(-table.reserved[plan.rows] // tier.index.block_size)
     table.last_step[plan.rows] = plan.step
@@ -107,13 +112,16 @@ def _copied_tails(tier: Tier, table: SequenceTable, rows: Ints, starts: Ints, si
     if mine.all():
         return partial[:0], tails[:0]
     shared, tails = partial[~mine], tails[~mine]
-    distinct, last_from_end, mentions = np.unique(tails[::-1], return_index=True, return_counts=True)
-    whole = (tier.pool.refs[distinct] == mentions) & (tier.pool.state[distinct] == BlockState.open)
-    keepers = len(tails) - 1 - last_from_end[whole]
-    return np.delete(shared, keepers), np.delete(tails, keepers)
+    distinct, where, mentions = np.unique(tails, return_inverse=True, return_counts=True)
+    pool = tier.pool
+    whole = (pool.refs[distinct] == mentions) & (pool.state[distinct] == BlockState.open) & (pool.pending[distinct] == 0)
+    by_length = np.argsort(starts[shared], kind="stable")
+    longest = np.zeros(len(distinct), dtype=np.int64)
+    longest[where[by_length]] = by_length  # the last assignment stands
+    return np.delete(shared, longest[whole]), np.delete(tails, longest[whole])
 
 
-def _ramp(counts: Ints) -> Ints:
+def ramp(counts: Ints) -> Ints:
     """0, 1, … up to each count in turn."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0

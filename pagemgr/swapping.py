@@ -29,13 +29,11 @@ def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Trans
     # Copy in the order of the rows, so that a sequence's blocks stay together in the target.
     missing = np.flatnonzero(~there)[np.argsort(first[~there])]
 
-    target.pool.require(len(missing) + target.idle(held))
+    fresh = target.pool.peek(len(missing), sparing=held)
     new = np.empty(len(distinct), dtype=np.int32)
-    new[there] = held
-    target.share(np.repeat(held, mentions[there]))
-    new[missing] = fresh = target.pool.peek(len(missing))
+    new[there], new[missing] = held, fresh
     target.take(fresh)
-    target.share(np.repeat(new, np.where(there, 0, mentions - 1)))
+    target.share(np.repeat(new, np.where(there, mentions, mentions - 1)))
     table.last_step[rows] = MOVING
 
     pairs = np.stack([distinct[missing], fresh], axis=1)
@@ -64,7 +62,7 @@ def finish(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fe
     kept = target.publish(*transfer.names)
     for block, other in zip(transfer.names[0].tolist(), kept.tolist(), strict=True):
         if other != block:
-            _replace(target, table, transfer.rows, block, other)
+            _replace(target, table, transfer.rows, block, other, fences)
 
 
 def cancel(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable) -> None:
@@ -82,12 +80,12 @@ def tier_named(tiers: tuple[Tier, ...], name: str) -> Tier:
     raise InternalError(f"no tier {name!r}")
 
 
-def _replace(tier: Tier, table: SequenceTable, rows: Ints, old: int, new: int) -> None:
+def _replace(tier: Tier, table: SequenceTable, rows: Ints, old: int, new: int, fences: tuple[Fence, ...]) -> None:
     """Somebody published the same prefix while the bytes moved: share theirs."""
     mine, columns = np.nonzero(table.blocks[rows] == old)
     tier.share(np.full(len(mine), new, dtype=np.int32))
     table.blocks[rows[mine], columns] = new
-    tier.pool.release(np.full(len(mine), old, dtype=np.int32))
+    tier.pool.release(np.full(len(mine), old, dtype=np.int32), fences)
 
 
 def owned_in_target(transfers: list[Transfer], tier: Tier) -> Blocks:

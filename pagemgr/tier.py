@@ -8,7 +8,7 @@ import numpy as np
 
 from .errors import InternalError
 from .eviction import Blocks, make_policy
-from .pool import BlockPool, BlockState
+from .pool import BlockPool
 from .prefix import PrefixIndex
 
 
@@ -37,10 +37,6 @@ class Tier:
         kept = self.index.publish(blocks, names)
         self.pool.seal(blocks[kept == blocks])
         return kept
-
-    def idle(self, blocks: Blocks) -> int:
-        """How many of these blocks are counted as available, so that sharing them takes from what can be given."""
-        return int(np.count_nonzero(self.pool.state[blocks] == BlockState.cached))
 
     def check(self, references: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         """Raise ``InternalError`` unless pool and index are sound and agree."""

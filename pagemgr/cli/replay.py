@@ -1,0 +1,89 @@
+"""``pagemgr replay``: what a pool of a given size would have made of a recorded trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from pagemgr.config import parse_bytes
+from pagemgr.eviction import POLICIES
+from pagemgr.replay import Replay, Sample, replay
+from pagemgr.traces import read_trace
+
+from .output import print_json, print_table
+
+BAR = 40
+ROWS = 12
+
+
+@click.command("replay")
+@click.argument("trace", type=click.Path(exists=True, dir_okay=False))
+@click.option("--blocks", type=click.IntRange(min=1), required=True, help="Usable blocks of the pool.")
+@click.option("--block-size", type=click.IntRange(min=1), required=True, help="Tokens of a block.")
+@click.option("--policy", type=click.Choice(sorted(POLICIES)), default="lru", show_default=True, help="Eviction policy.")
+@click.option("--with-data", is_flag=True, help="Give blocks real contents, move them to the host and back, and compare.")
+@click.option("--token-bytes", default="128KiB", show_default=True, help="K and V of a token: an 8B model's in bf16.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    trace: str, blocks: int, block_size: int, policy: str, with_data: bool, token_bytes: str, as_json: bool
+) -> None:
+    """Replay TRACE, one request at a time from a cold cache, and see what the pool makes of it.
+
+    TRACE is JSON lines, gzipped or not, in the schema of Mooncake, of the agentic coding traces, or of Azure's lengths.
+    """
+    requests = read_trace(trace)
+    size = parse_bytes(token_bytes)
+    progress = track(requests, description="replaying", console=Console(stderr=True), transient=True)
+    result = replay(progress, blocks, block_size, policy, with_data)
+    summary = dict(_summary(result, size, policy))
+    if as_json:
+        over_time = [{"timestamp": s.timestamp, "used": s.used, "cached": s.cached, "free": s.free} for s in result.samples]
+        print_json({"trace": trace, **summary, "over_time": over_time})
+        return
+    print_table(trace, ("what", "figure"), [(name.replace("_", " "), _shown(name, value)) for name, value in summary.items()])
+    click.echo()
+    legend = f"blocks over time (# used, : cached, of {blocks})"
+    print_table(legend, ("time", "pool", "used", "cached", "free"), _over_time(result.samples, blocks))
+
+
+def _summary(result: Replay, token_bytes: int, policy: str) -> Iterator[tuple[str, Any]]:
+    device, counters = result.stats.device, result.stats.counters
+    samples = result.samples
+    yield "requests", result.requests
+    yield "skipped_larger_than_pool", result.skipped
+    yield "prompt_tokens", counters.prefix_query_tokens
+    yield "hit_tokens", counters.prefix_hit_tokens
+    yield "hit_ratio", round(result.stats.hit_ratio, 4)
+    yield "policy", policy
+    yield "evicted_blocks", device.evicted_total
+    yield "mean_used_ratio", round(sum(s.used for s in samples) / max(len(samples) * result.usable_blocks, 1), 4)
+    yield "peak_used_ratio", round(max((s.used for s in samples), default=0) / result.usable_blocks, 4)
+    yield "waste_ratio", round(result.waste_ratio, 4)
+    served = max(len(samples), 1)
+    yield "paged_bytes_per_request", result.held_slots * token_bytes // served
+    yield "contiguous_bytes_per_request", result.longest * token_bytes
+    yield "contiguous_over_paged", round(result.contiguous_slots / max(result.held_slots, 1), 2)
+    yield "compared_tokens", result.compared_tokens
+    yield "invariant_violations", counters.invariant_violations
+
+
+def _shown(name: str, value: Any) -> str:
+    if name.endswith("_bytes_per_request"):
+        return f"{value / 2**30:.3f} GiB"
+    if name == "compared_tokens" and not value:
+        return "none: ask with --with-data"
+    return f"{value:.4f}" if name.endswith("ratio") else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _over_time(samples: tuple[Sample, ...], blocks: int) -> Iterator[tuple[str, str, int, int, int]]:
+    """Means over equal runs of requests."""
+    for i in range(min(ROWS, len(samples))):
+        part = samples[i * len(samples) // ROWS : (i + 1) * len(samples) // ROWS] if len(samples) >= ROWS else samples[i : i + 1]
+        used, cached, free = (round(sum(values) / len(part)) for values in zip(*((s.used, s.cached, s.free) for s in part), strict=True))
+        filled, kept = round(BAR * used / blocks), round(BAR * (used + cached) / blocks)
+        bar = "#" * filled + ":" * (kept - filled) + "." * (BAR - kept)
+        yield f"{part[0].timestamp:,.0f}", bar, used, cached, free
