@@ -1,0 +1,126 @@
+"""What is refused before anything is launched. Every backend calls these first, and so all refuse in the same words.
+
+``require`` answers before there are tensors; the ``check_*`` functions look at the tensors of one call, at shapes and
+types only, so that they never wait for a device. What a backend did not declare is ``UnsupportedFeature``; tensors that
+contradict each other are ``InvalidInput``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pagemgr.batch import PagedBatch
+from pagemgr.errors import InvalidInput, UnsupportedFeature
+from pagemgr.layout import BlockLayout
+
+from .interface import AttentionParams, Backend, Feature, KVLayer
+
+
+def require(
+    backend: Backend,
+    layout: BlockLayout,
+    group_size: int,
+    device: torch.device | str,
+    needs: frozenset[Feature] = frozenset(),
+) -> None:
+    """Raise ``UnsupportedFeature`` unless the backend serves this pool; ``needs`` are ``AttentionParams.features``."""
+    if group_size < 1:
+        raise InvalidInput(f"group_size (query heads per K/V head) must be at least 1, got {group_size}")
+    dtype = getattr(torch, layout.dtype.value)
+    _refuse(backend, torch.device(device).type, dtype, layout.head_dim, layout.block_size, group_size, needs)
+
+
+def check_write(
+    backend: Backend, key: torch.Tensor, value: torch.Tensor, kv: KVLayer, slot_mapping: torch.Tensor
+) -> None:
+    """Check the arguments of ``write_kv``."""
+    _, kv_heads, block_size, head_dim = _shape("kv.key", kv.key, 4)
+    tokens = (*_shape("slot_mapping", slot_mapping, 1), kv_heads, head_dim)
+    dtype, device = kv.key.dtype, kv.key.device
+    _refuse(backend, device.type, dtype, head_dim, block_size)
+    _expect("kv.value", kv.value, kv.key.shape, dtype, device)
+    _expect("key", key, tokens, dtype, device)
+    _expect("value", value, tokens, dtype, device)
+    _expect("slot_mapping", slot_mapping, tokens[:1], torch.int64, device)
+
+
+def check_attention(
+    backend: Backend,
+    query: torch.Tensor,
+    kv: KVLayer,
+    batch: PagedBatch,
+    params: AttentionParams,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> None:
+    """Check the arguments of ``attention``."""
+    _, kv_heads, block_size, head_dim = _shape("kv.key", kv.key, 4)
+    _, heads, _ = _shape("query", query, 3)
+    if heads % kv_heads:
+        raise InvalidInput(f"query has {heads} heads, which is not a multiple of the {kv_heads} K/V heads")
+    dtype, device = kv.key.dtype, kv.key.device
+    needs = params.features(with_lse=lse is not None)
+    _refuse(backend, device.type, dtype, head_dim, block_size, heads // kv_heads, needs)
+    tokens = (batch.num_tokens, heads, head_dim)
+    _expect("kv.value", kv.value, kv.key.shape, dtype, device)
+    _expect("query", query, tokens, dtype, device)
+    width = _shape("batch.block_table", batch.block_table, 2)[1]
+    _expect("batch.block_table", batch.block_table, (batch.num_seqs, width), torch.int32, device)
+    _expect("batch.seq_lens", batch.seq_lens, (batch.num_seqs,), torch.int32, device)
+    _expect("batch.query_start", batch.query_start, (batch.num_seqs + 1,), torch.int32, device)
+    for name, tensor in (("alibi_slopes", params.alibi_slopes), ("sinks", params.sinks)):
+        if tensor is not None:
+            _expect(name, tensor, (heads,), torch.float32, device)
+    for name, tensor, shape, kind in (("out", out, tokens, dtype), ("lse", lse, tokens[:2], torch.float32)):
+        if tensor is not None:
+            _expect(name, tensor, shape, kind, device)
+            if not tensor.is_contiguous():
+                raise InvalidInput(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_copy(pool: torch.Tensor, pairs: torch.Tensor) -> None:
+    """Check the arguments of ``copy_blocks``."""
+    _expect("pairs", pairs, (*pairs.shape[:1], 2), torch.int64, pool.device)
+
+
+def check_merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> None:
+    """Check the arguments of ``merge``."""
+    if not outs or len(outs) != len(lses):
+        raise InvalidInput(f"merge takes as many outs as lses, at least one; got {len(outs)} and {len(lses)}")
+    shape, dtype, device = _shape("outs[0]", outs[0], 3), outs[0].dtype, outs[0].device
+    for part, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        _expect(f"outs[{part}]", out, shape, dtype, device)
+        _expect(f"lses[{part}]", lse, shape[:2], torch.float32, device)
+
+
+def _refuse(
+    backend: Backend,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    group_size: int | None = None,
+    needs: frozenset[Feature] = frozenset(),
+) -> None:
+    reasons = backend.capabilities().missing(device, dtype, head_dim, block_size, group_size, needs)
+    if reasons:
+        raise UnsupportedFeature(backend.name, reasons)
+
+
+def _shape(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ...]:
+    if tensor.ndim != rank:
+        raise InvalidInput(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
+    return tuple(tensor.shape)
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise InvalidInput(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype is not dtype:
+        raise InvalidInput(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise InvalidInput(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise InvalidInput(f"the last dimension of {name} must be contiguous, got strides {tensor.stride()}")

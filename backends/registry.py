@@ -1,0 +1,134 @@
+"""Which backends there are, which can run here, and the one a pool gets.
+
+Built-in backends stand in one table, so that a bare checkout has them; a third party's come from the entry-point group
+``pagemgr.backends``, each naming a class that implements ``Backend`` and is constructed without arguments:
+
+    [project.entry-points."pagemgr.backends"]
+    mine = "my_package.backend:MyBackend"
+
+A plugin that cannot be loaded is reported by ``availability`` and disturbs nobody else.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+import torch
+
+from pagemgr.errors import BackendUnavailable, UnsupportedFeature
+from pagemgr.layout import BlockLayout
+
+from .checks import require
+from .interface import Backend, Feature
+
+AUTO = "auto"
+GROUP = "pagemgr.backends"
+
+BUILT_IN = (EntryPoint("torch", "pagemgr.backends.reference:TorchBackend", GROUP),)
+"""Best first, which is the order in which ``"auto"`` tries them: cuda, triton, cpu, and torch last."""
+
+_log = logging.getLogger(GROUP)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """Whether a backend can run on this machine; if not, ``reason`` says why and what to do, else it is empty."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def names() -> list[str]:
+    """Every known backend: the built-in ones, best first, then the others."""
+    return list(_known())
+
+
+def availability() -> list[BackendStatus]:
+    """What each known backend says about this machine, in the order of ``names``."""
+    return [_status(entry) for entry in _known().values()]
+
+
+def create(
+    name: str,
+    layout: BlockLayout,
+    group_size: int,
+    device: torch.device | str,
+    needs: frozenset[Feature] = frozenset(),
+) -> Backend:
+    """The backend of that name, able to serve a pool of this layout on this device with the features in ``needs``.
+
+    ``group_size`` is query heads per K/V head. ``"auto"`` takes the first of ``BUILT_IN`` that can do it, and logs why
+    the ones before it cannot; a third party's backend is taken only by name.
+
+    Raises ``BackendUnavailable`` (unknown, broken, or not for this machine) or ``UnsupportedFeature``.
+    """
+    if name == AUTO:
+        return _best(layout, group_size, device, needs)
+    known = _known()
+    if name not in known:
+        raise BackendUnavailable(name, f"no backend has this name; known are {', '.join((AUTO, *known))}")
+    return _make(known[name], layout, group_size, device, needs)
+
+
+def _known() -> dict[str, EntryPoint]:
+    known: dict[str, EntryPoint] = {}
+    for entry in (*BUILT_IN, *sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))):
+        first = known.setdefault(entry.name, entry)
+        if first.value != entry.value:
+            _log.warning("backend %r at %s is ignored: %s has the name", entry.name, entry.value, first.value)
+    return known
+
+
+def _status(entry: EntryPoint) -> BackendStatus:
+    try:
+        _load(entry)
+    except BackendUnavailable as error:
+        return BackendStatus(entry.name, available=False, reason=error.reason)
+    return BackendStatus(entry.name, available=True, reason="")
+
+
+def _load(entry: EntryPoint) -> type[Backend]:
+    try:
+        backend_class: type[Backend] = entry.load()
+        reason = backend_class.probe()
+    except Exception as error:  # a plugin is somebody else's code: whatever it raises is its status, not our crash
+        raise BackendUnavailable(entry.name, f"{entry.value} does not load: {_describe(error)}") from error
+    if reason is not None:
+        raise BackendUnavailable(entry.name, reason)
+    return backend_class
+
+
+def _make(
+    entry: EntryPoint, layout: BlockLayout, group_size: int, device: torch.device | str, needs: frozenset[Feature]
+) -> Backend:
+    backend_class = _load(entry)
+    try:
+        backend = backend_class()
+    except Exception as error:
+        raise BackendUnavailable(entry.name, f"{entry.value} cannot be constructed: {_describe(error)}") from error
+    if not isinstance(backend, Backend):
+        raise BackendUnavailable(entry.name, f"{entry.value} lacks methods of pagemgr.backends.Backend")
+    require(backend, layout, group_size, device, needs)
+    return backend
+
+
+def _best(layout: BlockLayout, group_size: int, device: torch.device | str, needs: frozenset[Feature]) -> Backend:
+    passed_over: list[str] = []
+    for entry in BUILT_IN:
+        try:
+            backend = _make(entry, layout, group_size, device, needs)
+        except BackendUnavailable as error:
+            passed_over.append(f"{entry.name} cannot run here: {error.reason}")
+        except UnsupportedFeature as error:
+            passed_over.append(f"{entry.name} does not fit: {'; '.join(error.reasons)}")
+        else:
+            _log.info("backend %s on %s%s", entry.name, device, "".join(f" ({reason})" for reason in passed_over))
+            return backend
+    raise BackendUnavailable(AUTO, "; ".join(passed_over))
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
