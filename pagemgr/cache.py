@@ -57,7 +57,12 @@ class Step:
         kv_shape = (tokens, layout.num_kv_heads, layout.head_dim)
         if key.shape != kv_shape or value.shape != kv_shape:
             raise InvalidInput(f"key and value must be {list(kv_shape)}, got {list(key.shape)} and {list(value.shape)}")
-        if query.ndim != 3 or query.shape[0] != tokens or query.shape[2] != layout.head_dim or query.shape[1] % layout.num_kv_heads:
+        if (
+            query.ndim != 3
+            or query.shape[0] != tokens
+            or query.shape[2] != layout.head_dim
+            or query.shape[1] % layout.num_kv_heads
+        ):
             shape = f"[{tokens}, multiple of {layout.num_kv_heads}, {layout.head_dim}]"
             raise InvalidInput(f"query must be {shape}, got {list(query.shape)}")
         kv = self._cache.storage.layers[layer]
@@ -80,7 +85,9 @@ class Step:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._buffers is not None:
             self.abort()
 
@@ -124,7 +131,9 @@ class PagedKVCache:
         """A new sequence that starts with what is cached of its prompt; see ``BlockManager.add_many``."""
         return self.manager.add(prompt, namespace)
 
-    def add_many(self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None) -> list[Sequence]:
+    def add_many(
+        self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None
+    ) -> list[Sequence]:
         """New sequences, all or none; see ``BlockManager.add_many``."""
         return self.manager.add_many(prompts, namespaces)
 
@@ -152,11 +161,11 @@ class PagedKVCache:
         self.manager.free(sequences, after)
 
     def swap_out(self, sequences: SequenceOf[Sequence]) -> None:
-        """Move sequences to host memory. Raises ``OutOfBlocks`` of the host, or ``TransferFailed``; all move or none."""
+        """Move sequences to host memory. Raises ``OutOfBlocks`` or ``TransferFailed``; all move or none."""
         self._transfer(self.manager.swap_out(sequences))
 
     def swap_in(self, sequences: SequenceOf[Sequence]) -> None:
-        """Move sequences back to the device. Raises ``OutOfBlocks``, or ``TransferFailed``; all move or none."""
+        """Move sequences back to the device. Raises ``OutOfBlocks`` or ``TransferFailed``; all move or none."""
         self._transfer(self.manager.swap_in(sequences))
 
     def length(self, sequence: Sequence) -> int:

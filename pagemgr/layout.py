@@ -12,7 +12,7 @@ Kernels receive a base pointer and these strides, and never assume that one laye
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from .errors import InvalidInput
 
@@ -23,7 +23,7 @@ PADDING_SLOT = -1
 """A slot mapping entry that writes nothing."""
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Element types a block may hold, named as torch names them."""
 
     float32 = "float32"
@@ -36,7 +36,7 @@ class DType(str, Enum):
         return 4 if self is DType.float32 else 2
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a part of a layer holds. A latent or a scale would be one more role, not one more allocator."""
 
     key = "key"

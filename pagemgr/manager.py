@@ -27,7 +27,7 @@ from .pool import Fence
 from .prefix import Namespace, TokenArray, hash_blocks, pack_tokens
 from .sequences import Prompt, Sequence, SequenceTable
 from .stats import Counters, Stats
-from .steps import alive_in, apply_step, plan_step, undo_step
+from .steps import alive_in, apply_step, commit_tokens, plan_step, undo_step
 from .tier import Tier
 
 Tokens = Iterable[int] | npt.ArrayLike
@@ -68,7 +68,9 @@ class BlockManager:
         most = (num_blocks - 1) * block_size
         self.max_seq_len = most if max_seq_len is None else max_seq_len
         if not 1 <= self.max_seq_len <= most:
-            raise InvalidInput(f"max_seq_len={max_seq_len} is not in [1, {most}], what {num_blocks - 1} blocks can hold")
+            raise InvalidInput(
+                f"max_seq_len={max_seq_len} is not in [1, {most}], what {num_blocks - 1} blocks can hold"
+            )
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
@@ -86,7 +88,9 @@ class BlockManager:
         """One sequence; see ``add_many``."""
         return self.add_many([prompt], [namespace])[0]
 
-    def add_many(self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None) -> list[Sequence]:
+    def add_many(
+        self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None
+    ) -> list[Sequence]:
         """New sequences, each starting with what the prefix cache holds of its prompt in its namespace.
 
         ``num_cached_tokens`` of a handle is the length it starts with: whole blocks, and at least one token of the
@@ -196,7 +200,9 @@ class BlockManager:
         """
         with self._verb():
             if self._in_flight.get(plan.step) is not plan or plan.step != self._oldest_in_flight():
-                raise StepOrderError(f"step {plan.step} cannot commit: in flight are {list(self._in_flight)}, oldest first")
+                raise StepOrderError(
+                    f"step {plan.step} cannot commit: in flight are {list(self._in_flight)}, oldest first"
+                )
             alive = alive_in(plan, self.table)
             ids = self._ids(plan, tokens, alive)
             del self._in_flight[plan.step]
@@ -207,7 +213,11 @@ class BlockManager:
             for i in np.flatnonzero(alive & named).tolist():
                 new = ids[i]
                 if new is not None and self.prefix_caching:
-                    self._commit_tokens(int(plan.rows[i]), new, plan.slot_mapping[plan.query_start[i] : plan.query_start[i + 1]])
+                    slots = plan.slot_mapping[plan.query_start[i] : plan.query_start[i + 1]]
+                    duplicates = commit_tokens(
+                        self.tiers[DEVICE], self.table, int(plan.rows[i]), new, slots, self._fences(None)
+                    )
+                    self.counters.duplicate_blocks += duplicates
             self.counters.steps_committed += 1
             self.counters.tokens_committed += int(plan.counts[alive].sum())
 
@@ -221,7 +231,9 @@ class BlockManager:
             alive = alive_in(plan, self.table)
             newest = self.table.last_step[plan.rows[alive]] == plan.step
             if self._in_flight.get(plan.step) is not plan or not newest.all():
-                raise StepOrderError(f"step {plan.step} cannot abort: in flight are {list(self._in_flight)}; abort later ones first")
+                raise StepOrderError(
+                    f"step {plan.step} cannot abort: in flight are {list(self._in_flight)}; abort later ones first"
+                )
             del self._in_flight[plan.step]
             undo_step(plan, self.tiers[DEVICE], self.table, self._oldest_in_flight())
             self.counters.steps_aborted += 1
@@ -329,7 +341,9 @@ class BlockManager:
         self.counters.prefix_hit_tokens += cached
         return table.handle(row, cached)
 
-    def _ids(self, plan: Plan, tokens: SequenceOf[Tokens | None] | None, alive: npt.NDArray[np.bool_]) -> list[TokenArray | None]:
+    def _ids(
+        self, plan: Plan, tokens: SequenceOf[Tokens | None] | None, alive: npt.NDArray[np.bool_]
+    ) -> list[TokenArray | None]:
         """The ids of each sequence of a step, from ``reserve`` or from ``commit``."""
         late: SequenceOf[Tokens | None] = [None] * len(plan.rows) if tokens is None else tokens
         if len(late) != len(plan.rows):
@@ -338,44 +352,12 @@ class BlockManager:
         for i, (known, new) in enumerate(zip(plan.tokens, late, strict=True)):
             packed = None if new is None or not alive[i] else pack_tokens(new)
             if packed is not None and (known is not None or len(packed) != plan.counts[i]):
-                reason = "were given at reserve" if known is not None else f"must be {plan.counts[i]}, got {len(packed)}"
+                reason = (
+                    "were given at reserve" if known is not None else f"must be {plan.counts[i]}, got {len(packed)}"
+                )
                 raise InvalidInput(f"step {plan.step}, sequence {i}: its token ids {reason}")
             ids.append(known if packed is None else packed)
         return ids
-
-    def _commit_tokens(self, row: int, ids: TokenArray, slots: Ints) -> None:
-        """Record ids and publish the blocks that became full, or share those that others published meanwhile."""
-        device, table, size = self.tiers[DEVICE], self.table, self.block_size
-        before = int(table.committed[row])
-        table.committed[row] = after = before + len(ids)
-        device.index.tokens.reshape(-1)[slots] = ids
-        prompt = table.prompts.get(row)
-        if prompt is not None and not np.array_equal(prompt.tokens[before:after], ids[: max(len(prompt.tokens) - before, 0)]):
-            del table.prompts[row]  # other tokens were run than announced: these names are not theirs
-        first, last = before // size, after // size
-        if first == last:
-            return
-        own = table.blocks[row, first:last].copy()
-        kept = device.publish(own, self._names(row, first, last))
-        known = kept != own
-        if known.any():
-            device.share(kept[known])
-            device.pool.release(own[known][::-1], self._fences(None))
-            table.blocks[row, first:last] = kept
-            self.counters.duplicate_blocks += int(known.sum())
-
-    def _names(self, row: int, first: int, last: int) -> list[bytes]:
-        """Names of the blocks in columns [first, last); those of the prompt were hashed when it was added."""
-        table, index, size = self.table, self.tiers[DEVICE].index, self.block_size
-        prompt = table.prompts.get(row)
-        names = prompt.names[first:last] if prompt is not None else []
-        if prompt is not None and last >= len(prompt.names):
-            del table.prompts[row]
-        start = first + len(names)
-        if start < last:
-            parent = names[-1] if names else index.name(int(table.blocks[row, start - 1])) if start else table.roots[row]
-            names = names + hash_blocks(parent, index.tokens[table.blocks[row, start:last]].reshape(-1), size)
-        return names
 
     def _begin_transfer(self, sequences: SequenceOf[Sequence], source: int, target: int) -> Transfer:
         with self._verb():

@@ -29,7 +29,6 @@ from .errors import InternalError, InvalidInput, OutOfBlocks
 from .eviction import Blocks, EvictionPolicy
 from .layout import NULL_BLOCK
 
-
 _NO_BLOCKS: Blocks = np.zeros(0, dtype=np.int32)
 
 
@@ -120,7 +119,9 @@ class BlockPool:
         """Add a reference per entry; a block may be named more than once. Refuses blocks without content."""
         states = self.state[blocks]
         if ((states == BlockState.free) | (states == BlockState.null)).any():
-            raise InternalError(f"reference to a {self.tier} block that holds nothing: {blocks[states <= 1][:8].tolist()}")
+            raise InternalError(
+                f"reference to a {self.tier} block that holds nothing: {blocks[states <= 1][:8].tolist()}"
+            )
         idle = np.unique(blocks[self.refs[blocks] == 0])
         if len(idle):
             cached = idle[self.state[idle] == BlockState.cached]
@@ -170,8 +171,10 @@ class BlockPool:
                 self._settle(blocks[(self.pending[blocks] == 0) & (self.state[blocks] == BlockState.fenced)])
 
     def writable(self, blocks: Blocks) -> npt.NDArray[np.bool_]:
-        """Which of these their one owner may write in place: nobody else holds them, nothing else may still read them."""
-        return np.asarray((self.state[blocks] == BlockState.open) & (self.refs[blocks] == 1) & (self.pending[blocks] == 0))
+        """Which of these their one owner may write in place: nobody else holds or may still read them."""
+        return np.asarray(
+            (self.state[blocks] == BlockState.open) & (self.refs[blocks] == 1) & (self.pending[blocks] == 0)
+        )
 
     def check(self, references: npt.NDArray[np.int64]) -> None:
         """Raise ``InternalError`` unless every invariant holds; ``references[b]`` counts the table entries naming b."""
@@ -189,9 +192,18 @@ class BlockPool:
             ("references equal table entries", bool((self.refs == references).all())),
             ("references exactly in open and full", bool(((self.refs > 0) == owned).all())),
             ("the free stack holds the free blocks", np.array_equal(free, np.flatnonzero(states == BlockState.free))),
-            ("the policy holds the cached blocks", np.array_equal(np.sort(cached), np.flatnonzero(states == BlockState.cached))),
-            ("full and cached are published", bool(self.published[(states == BlockState.full) | (states == BlockState.cached)].all())),
-            ("free and open are not", not self.published[(states == BlockState.free) | (states == BlockState.open)].any()),
+            (
+                "the policy holds the cached blocks",
+                np.array_equal(np.sort(cached), np.flatnonzero(states == BlockState.cached)),
+            ),
+            (
+                "full and cached are published",
+                bool(self.published[(states == BlockState.full) | (states == BlockState.cached)].all()),
+            ),
+            (
+                "free and open are not",
+                not self.published[(states == BlockState.free) | (states == BlockState.open)].any(),
+            ),
             ("pending counts fences", bool((pending == self.pending).all())),
             ("fenced blocks wait for a fence", bool((self.pending[states == BlockState.fenced] > 0).all())),
         )

@@ -1,8 +1,10 @@
 """Replays a trace on the real block manager, one request at a time, from a cold cache.
 
 A request is added (prefix match), run in one step (the rest of its prompt, then its output), and freed; its blocks
-stay cached until they are evicted. The last output token is sampled but never run, so it has no K/V. With data, every block has real contents: K holds the token and V the position of
-each slot, written by the backend and moved by the storage, and every hit and every move is compared byte for byte.
+stay cached until they are evicted. The last output token is sampled but never run, so it has no K/V.
+
+With data, every block has real contents: K holds the token and V the position of each slot, written by the backend and
+moved by the storage, and every hit and every move is compared byte for byte.
 """
 
 from __future__ import annotations
@@ -110,8 +112,10 @@ def replay(
 ) -> Replay:
     """Run a whole trace. Raises ``InternalError`` if bytes are wrong."""
     contents = _Contents(usable_blocks + 1, block_size, policy) if with_data else None
-    manager = contents.cache.manager if contents else BlockManager(
-        usable_blocks + 1, block_size, max_sequences=1, eviction=policy
+    manager = (
+        contents.cache.manager
+        if contents
+        else BlockManager(usable_blocks + 1, block_size, max_sequences=1, eviction=policy)
     )
     source = TokenSource()
     served = skipped = longest = held_slots = held_tokens = 0

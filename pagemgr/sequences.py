@@ -11,7 +11,8 @@ State is flat arrays by row. A handle carries the row's generation, so that a ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence as Rows
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -131,13 +132,17 @@ class SequenceTable:
         """Raise ``SequenceBusy`` if any row has steps in flight or is moving."""
         for row in rows[self.last_step[rows] != IDLE].tolist():
             moving = self.last_step[row] == MOVING
-            raise SequenceBusy(row, verb, "it is being swapped" if moving else f"step {self.last_step[row]} is in flight")
+            raise SequenceBusy(
+                row, verb, "it is being swapped" if moving else f"step {self.last_step[row]} is in flight"
+            )
 
     def require_still(self, rows: Ints, verb: str) -> None:
         """Raise ``SequenceBusy`` if any row is moving between tiers."""
         self.require_idle(rows[self.last_step[rows] == MOVING], verb)
 
-    def blocks_leaf_first(self, rows: Rows[int], keep: Rows[int] | None = None) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    def blocks_leaf_first(
+        self, rows: Rows[int], keep: Rows[int] | None = None
+    ) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """Blocks of these rows, tail first, leaving each row's first ``keep`` alone."""
         kept = keep if keep is not None else [0] * len(rows)
         tails = [self.blocks[row, k : self.num_blocks[row]][::-1] for row, k in zip(rows, kept, strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 from .eviction import Blocks
 from .plan import Copies, Ints, Plan
 from .pool import BlockState, Fence
-from .prefix import TokenArray
+from .prefix import TokenArray, hash_blocks
 from .sequences import SequenceTable
 from .tier import Tier
 
@@ -99,6 +99,49 @@ def undo_step(plan: Plan, tier: Tier, table: SequenceTable, oldest: int) -> None
     table.last_step[rows] = np.where(plan.previous[alive] >= oldest, plan.previous[alive], 0)
 
 
+def commit_tokens(
+    tier: Tier, table: SequenceTable, row: int, ids: TokenArray, slots: Ints, fences: tuple[Fence, ...]
+) -> int:
+    """Record the ids of a row's next tokens, and publish the blocks that became full.
+
+    If somebody else published the same content meanwhile, theirs is shared and the row's own is given back once
+    ``fences`` have passed. Returns how many blocks that were.
+    """
+    before = int(table.committed[row])
+    table.committed[row] = after = before + len(ids)
+    tier.index.tokens.reshape(-1)[slots] = ids
+    prompt = table.prompts.get(row)
+    if prompt is not None and not np.array_equal(
+        prompt.tokens[before:after], ids[: max(len(prompt.tokens) - before, 0)]
+    ):
+        del table.prompts[row]  # other tokens were run than announced: these names are not theirs
+    first, last = before // tier.index.block_size, after // tier.index.block_size
+    if first == last:
+        return 0
+    own = table.blocks[row, first:last].copy()
+    kept = tier.publish(own, _names(tier, table, row, first, last))
+    twice = kept != own
+    if twice.any():
+        tier.share(kept[twice])
+        tier.pool.release(own[twice][::-1], fences)
+        table.blocks[row, first:last] = kept
+    return int(twice.sum())
+
+
+def _names(tier: Tier, table: SequenceTable, row: int, first: int, last: int) -> list[bytes]:
+    """Names of the blocks in columns [first, last); those of the prompt were hashed when it was added."""
+    prompt = table.prompts.get(row)
+    names = prompt.names[first:last] if prompt is not None else []
+    if prompt is not None and last >= len(prompt.names):
+        del table.prompts[row]
+    start = first + len(names)
+    if start < last:
+        before = tier.index.name(int(table.blocks[row, start - 1])) if start else table.roots[row]
+        tokens = tier.index.tokens[table.blocks[row, start:last]].reshape(-1)
+        names = names + hash_blocks(names[-1] if names else before, tokens, tier.index.block_size)
+    return names
+
+
 def alive_in(plan: Plan, table: SequenceTable) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Which sequences of the plan were not freed since."""
     return np.asarray(table.live[plan.rows] & (table.generation[plan.rows] == plan.generations))
@@ -114,7 +157,9 @@ def _copied_tails(tier: Tier, table: SequenceTable, rows: Ints, starts: Ints, si
     shared, tails = partial[~mine], tails[~mine]
     distinct, where, mentions = np.unique(tails, return_inverse=True, return_counts=True)
     pool = tier.pool
-    whole = (pool.refs[distinct] == mentions) & (pool.state[distinct] == BlockState.open) & (pool.pending[distinct] == 0)
+    whole = (
+        (pool.refs[distinct] == mentions) & (pool.state[distinct] == BlockState.open) & (pool.pending[distinct] == 0)
+    )
     by_length = np.argsort(starts[shared], kind="stable")
     longest = np.zeros(len(distinct), dtype=np.int64)
     longest[where[by_length]] = by_length  # the last assignment stands

@@ -20,7 +20,9 @@ class Storage:
     initialised but the null block: what was never written may be anything.
     """
 
-    def __init__(self, layout: BlockLayout, num_blocks: Mapping[str, int], device: torch.device, backend: Backend) -> None:
+    def __init__(
+        self, layout: BlockLayout, num_blocks: Mapping[str, int], device: torch.device, backend: Backend
+    ) -> None:
         self.layout = layout
         self.device = device
         self._backend = backend
@@ -55,7 +57,9 @@ class Storage:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _move(self, source: torch.Tensor, target: torch.Tensor, pairs: np.ndarray[tuple[int, int], np.dtype[np.int32]]) -> None:
+    def _move(
+        self, source: torch.Tensor, target: torch.Tensor, pairs: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+    ) -> None:
         """Between tiers: one copy for each run of blocks that lie side by side on both sides."""
         breaks = np.flatnonzero((np.diff(pairs, axis=0) != 1).any(axis=1)) + 1
         for run in np.split(pairs, breaks):

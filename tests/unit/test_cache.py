@@ -222,8 +222,9 @@ def test_swap_failing_at_each_copy_moves_nothing(direction: str, monkeypatch: py
                 (cache.swap_out if direction == "out" else cache.swap_in)(scattered)
                 break
             except TransferFailed as error:
-                assert isinstance(error.__cause__, OSError)
-                failures += 1
+                cause = error.__cause__
+            assert isinstance(cause, OSError)
+            failures += 1
         cache.manager.check()
         assert (cache.manager.table.tier == tiers).all()
         if direction == "in":
