@@ -24,8 +24,12 @@ ROWS = 12
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False))
 @click.option("--blocks", type=click.IntRange(min=1), required=True, help="Usable blocks of the pool.")
 @click.option("--block-size", type=click.IntRange(min=1), required=True, help="Tokens of a block.")
-@click.option("--policy", type=click.Choice(sorted(POLICIES)), default="lru", show_default=True, help="Eviction policy.")
-@click.option("--with-data", is_flag=True, help="Give blocks real contents, move them to the host and back, and compare.")
+@click.option(
+    "--policy", type=click.Choice(sorted(POLICIES)), default="lru", show_default=True, help="Eviction policy."
+)
+@click.option(
+    "--with-data", is_flag=True, help="Give blocks real contents, move them to the host and back, and compare."
+)
 @click.option("--token-bytes", default="128KiB", show_default=True, help="K and V of a token: an 8B model's in bf16.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -41,10 +45,14 @@ def command(
     result = replay(progress, blocks, block_size, policy, with_data)
     summary = dict(_summary(result, size, policy))
     if as_json:
-        over_time = [{"timestamp": s.timestamp, "used": s.used, "cached": s.cached, "free": s.free} for s in result.samples]
+        over_time = [
+            {"timestamp": s.timestamp, "used": s.used, "cached": s.cached, "free": s.free} for s in result.samples
+        ]
         print_json({"trace": trace, **summary, "over_time": over_time})
         return
-    print_table(trace, ("what", "figure"), [(name.replace("_", " "), _shown(name, value)) for name, value in summary.items()])
+    print_table(
+        trace, ("what", "figure"), [(name.replace("_", " "), _shown(name, value)) for name, value in summary.items()]
+    )
     click.echo()
     legend = f"blocks over time (# used, : cached, of {blocks})"
     print_table(legend, ("time", "pool", "used", "cached", "free"), _over_time(result.samples, blocks))
@@ -82,8 +90,14 @@ def _shown(name: str, value: Any) -> str:
 def _over_time(samples: tuple[Sample, ...], blocks: int) -> Iterator[tuple[str, str, int, int, int]]:
     """Means over equal runs of requests."""
     for i in range(min(ROWS, len(samples))):
-        part = samples[i * len(samples) // ROWS : (i + 1) * len(samples) // ROWS] if len(samples) >= ROWS else samples[i : i + 1]
-        used, cached, free = (round(sum(values) / len(part)) for values in zip(*((s.used, s.cached, s.free) for s in part), strict=True))
+        part = (
+            samples[i * len(samples) // ROWS : (i + 1) * len(samples) // ROWS]
+            if len(samples) >= ROWS
+            else samples[i : i + 1]
+        )
+        used, cached, free = (
+            round(sum(values) / len(part)) for values in zip(*((s.used, s.cached, s.free) for s in part), strict=True)
+        )
         filled, kept = round(BAR * used / blocks), round(BAR * (used + cached) / blocks)
         bar = "#" * filled + ":" * (kept - filled) + "." * (BAR - kept)
         yield f"{part[0].timestamp:,.0f}", bar, used, cached, free
