@@ -115,7 +115,9 @@ def _shape(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.shape == shape and tensor.dtype is dtype and tensor.device == device and tensor.stride(-1) == 1:
+        return  # as nearly always: in a small decode step every microsecond of the host counts
     if tuple(tensor.shape) != tuple(shape):
         raise InvalidInput(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype is not dtype:

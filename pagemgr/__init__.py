@@ -17,6 +17,7 @@ from .errors import (
     ConfigError,
     InternalError,
     InvalidInput,
+    NativeAbiMismatch,
     OperatingError,
     OutOfBlocks,
     OutOfSequences,
@@ -32,7 +33,7 @@ from .errors import (
 )
 from .manager import BlockManager
 from .prefix import Namespace
-from .sequences import Sequence
+from .sequences import Batch, Sequence
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionParams",
     "BackendUnavailable",
+    "Batch",
     "BlockManager",
     "Config",
     "ConfigError",
@@ -53,6 +55,7 @@ __all__ = [
     "InvalidInput",
     "ModelConfig",
     "Namespace",
+    "NativeAbiMismatch",
     "OperatingError",
     "OutOfBlocks",
     "OutOfSequences",

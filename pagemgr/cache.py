@@ -14,11 +14,12 @@ from .backends.interface import AttentionParams
 from .batch import BatchBuffers, PagedBatch
 from .config import Config
 from .errors import InvalidInput, StepOrderError, TransferFailed
-from .manager import BlockManager, Tokens
+from .ids import BatchTokens, LateTokens, Tokens
+from .manager import BlockManager
 from .plan import Plan, Transfer
 from .pool import Fence
 from .prefix import Namespace
-from .sequences import Sequence
+from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
 
@@ -70,7 +71,7 @@ class Step:
         backend.write_kv(key, value, kv, self.batch.slot_mapping)
         return backend.attention(query, kv, self.batch, params, out, lse)
 
-    def commit(self, tokens: SequenceOf[Tokens | None] | None = None) -> None:
+    def commit(self, tokens: LateTokens = None) -> None:
         """Every layer has run. ``tokens`` as in ``BlockManager.commit``."""
         self._require_open()
         self._cache.manager.commit(self.plan, tokens)
@@ -112,7 +113,9 @@ class PagedKVCache:
         self.layout = config.layout
         self.device = _device(config.device)
         group_size = config.model.num_q_heads // config.model.num_kv_heads
-        self.backend = registry.create(config.backend, self.layout, group_size, self.device)
+        self.backend = registry.create(
+            config.backend, self.layout, group_size, self.device, cache_dir=config.native.cache_dir
+        )
         num_blocks = config.resolve_num_blocks(_free_bytes(self.device))
         self.manager = BlockManager(
             num_blocks,
@@ -122,6 +125,7 @@ class PagedKVCache:
             num_host_blocks=config.resolve_host_blocks(),
             prefix_caching=config.prefix.enabled,
             eviction=config.eviction.policy,
+            cache_dir=config.native.cache_dir,
         )
         sizes = {tier.name: tier.pool.num_blocks for tier in self.manager.tiers}
         self.storage = Storage(self.layout, sizes, self.device, self.backend)
@@ -137,7 +141,7 @@ class PagedKVCache:
         """New sequences, all or none; see ``BlockManager.add_many``."""
         return self.manager.add_many(prompts, namespaces)
 
-    def step(self, sequences: SequenceOf[Sequence], tokens: SequenceOf[Tokens | int]) -> Step:
+    def step(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Step:
         """Reserve slots for the new tokens of a batch, for all of it or none; see ``BlockManager.reserve``."""
         plan = self.manager.reserve(sequences, tokens)
         try:
@@ -156,7 +160,7 @@ class PagedKVCache:
         """Cut a sequence back to ``length`` tokens; see ``BlockManager.truncate``."""
         self.manager.truncate([sequence], [length])
 
-    def free(self, sequences: SequenceOf[Sequence], after: Fence | None = None) -> None:
+    def free(self, sequences: SequenceOf[Sequence] | Batch, after: Fence | None = None) -> None:
         """End sequences; their blocks are reused once ``after`` has passed. See ``BlockManager.free``."""
         self.manager.free(sequences, after)
 

@@ -109,6 +109,6 @@ def _check_names(row: int, tier: Tier, table: SequenceTable) -> None:
     blocks = table.blocks[row, :full]
     if not tier.pool.published[blocks].all():
         raise InternalError(f"row {row}: a full committed block is not published")
-    names = hash_blocks(table.roots[row], tier.index.tokens[blocks].reshape(-1), tier.index.block_size)
-    if names != [tier.index.name(block) for block in blocks.tolist()]:
+    tokens = tier.index.tokens[blocks].reshape(-1)
+    if hash_blocks(table.roots[row].tobytes(), tokens, tier.index.block_size) != tier.index.names_of(blocks):
         raise InternalError(f"row {row}: a block's name is not the hash of what it holds")

@@ -22,7 +22,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .errors import ConfigError, InvalidInput
 from .eviction import POLICIES
 from .layout import BlockLayout, DType
-from .sources import explain, from_environ, from_file, from_flags, leaves, merge, nested, refuse_unknown
+from .native.build import DEFAULT_CACHE_DIR
+from .sources import Source, explain, from_environ, from_file, from_flags, leaves, merge, nested, refuse_unknown
 
 INT32_MAX = 2**31 - 1
 """Block ids and sequence lengths are int32."""
@@ -181,6 +182,13 @@ class MetricsConfig(_Section):
     """Value of the label "pool", to tell the pools of one process apart."""
 
 
+class NativeConfig(_Section):
+    """Compiled kernels. To use a library of your own, give its path as the backend."""
+
+    cache_dir: Name = DEFAULT_CACHE_DIR
+    """Folder that keeps the libraries that are built on first use."""
+
+
 class Config(_Section):
     """All settings of one cache."""
 
@@ -189,10 +197,12 @@ class Config(_Section):
     device: Annotated[str, AfterValidator(_checked(_known_device))] = "auto"
     """Where the blocks live: "cpu", "cuda", "cuda:1", or "auto", which is cuda where there is one."""
     backend: Name = "auto"
-    """What computes attention: a name that "pagemgr doctor" lists, or "auto", which is the best that can run."""
+    """What computes attention: a name that "pagemgr doctor" lists, "auto", which is the best that can run, or the path
+    of a library of your own that implements native/pagemgr_abi.h, such as "./libmine.so"."""
     prefix: PrefixConfig = PrefixConfig()
     eviction: EvictionConfig = EvictionConfig()
     metrics: MetricsConfig = MetricsConfig()
+    native: NativeConfig = NativeConfig()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -284,6 +294,32 @@ def load(
     environ: Mapping[str, str] | None = None,
 ) -> Loaded:
     """As ``Config.load``, and remembers where each value came from. ``environ`` is the process's unless given."""
+    merged = _merged(path, overrides, environ)
+    origins = {key: origin for key, (_, origin) in merged.items()}
+    try:
+        config = Config.model_validate(nested(Config, merged))
+    except ValidationError as error:
+        raise ConfigError(explain(Config, error, origins)) from None
+    return Loaded(config, {key: origins.get(key, "default") for key, _ in leaves(Config)})
+
+
+def load_native(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> NativeConfig:
+    """The section ``native`` of the same sources, for what makes no cache: other sections may be incomplete."""
+    merged = _merged(path, overrides, environ)
+    section = nested(Config, merged)["native"]
+    try:
+        return NativeConfig.model_validate(section)
+    except ValidationError as error:
+        raise ConfigError(explain(NativeConfig, error)) from None
+
+
+def _merged(
+    path: str | os.PathLike[str] | None, overrides: Mapping[str, object] | None, environ: Mapping[str, str] | None
+) -> Source:
     merged = merge(
         (
             from_file(Config, path),
@@ -293,9 +329,4 @@ def load(
         exclusive=[{f"pool.{name}" for name in names} for names in _CHOICES],
     )
     refuse_unknown(Config, merged)
-    origins = {key: origin for key, (_, origin) in merged.items()}
-    try:
-        config = Config.model_validate(nested(Config, merged))
-    except ValidationError as error:
-        raise ConfigError(explain(Config, error, origins)) from None
-    return Loaded(config, {key: origins.get(key, "default") for key, _ in leaves(Config)})
+    return merged

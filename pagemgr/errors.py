@@ -8,6 +8,7 @@
     │   ├── TransferFailed        bytes could not be moved between tiers; the sequences stayed where they were
     │   ├── ConfigError           a setting, or a combination of settings, that cannot work
     │   ├── BackendUnavailable    the backend cannot run on this machine
+    │   │   └── NativeAbiMismatch a compiled library does not implement this pagemgr's native/pagemgr_abi.h
     │   └── UnsupportedFeature    the backend runs, but does not do what was asked
     ├── UsageError                the caller broke the contract: fix the caller, nothing was changed
     │   ├── StaleSequence         a handle whose sequence was freed
@@ -21,6 +22,8 @@ Numbers are attributes, so that a program can act on them without parsing the me
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class PagemgrError(Exception):
@@ -86,6 +89,14 @@ class BackendUnavailable(OperatingError):
     def __init__(self, backend: str, reason: str) -> None:
         self.backend, self.reason = backend, reason
         super().__init__(f"backend {backend!r} cannot run here: {reason}")
+
+
+class NativeAbiMismatch(BackendUnavailable):
+    """Attributes: ``backend``, ``library`` (its path) and ``reason`` (what differs and what to do about it)."""
+
+    def __init__(self, backend: str, library: Path, reason: str) -> None:
+        self.library = library
+        super().__init__(backend, f"{library} does not fit: {reason}")
 
 
 class UnsupportedFeature(OperatingError):

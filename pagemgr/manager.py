@@ -11,26 +11,26 @@ seeds: the same calls give the same block ids on every rank (a fence must answer
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from . import checks, swapping
+from . import accelerator, checks, swapping
 from .errors import InvalidInput, OutOfBlocks, OutOfSequences, SequenceTooLong, StepOrderError
+from .ids import BatchTokens, LateTokens, TokenArray, Tokens, fill_in, pack_batch, pack_tokens
 from .layout import NULL_BLOCK
+from .native.build import DEFAULT_CACHE_DIR
 from .plan import Ints, Plan, Transfer
 from .pool import Fence
-from .prefix import Namespace, TokenArray, hash_blocks, pack_tokens
-from .sequences import Prompt, Sequence, SequenceTable
+from .prefix import DIGEST_BYTES, Namespace, PrefixIndex
+from .sequences import Batch, Prompt, Sequence, SequenceTable
 from .stats import Counters, Stats
-from .steps import alive_in, apply_step, commit_tokens, plan_step, undo_step
+from .steps import alive_in, apply_step, commit_step, plan_step, undo_step
 from .tier import Tier
 
-Tokens = Iterable[int] | npt.ArrayLike
 DEVICE, HOST = 0, 1
 
 
@@ -49,7 +49,8 @@ class BlockManager:
     """Blocks, sequences and prefixes of one pool with an optional host tier.
 
     ``num_blocks`` and ``num_host_blocks`` include the null block of their tier; a host tier of 0 blocks means no
-    swapping. ``max_seq_len`` is in tokens. Raises ``InvalidInput`` for sizes that cannot work.
+    swapping. ``max_seq_len`` is in tokens. ``compiled`` runs the hot loops in C++ where there is a compiler (built
+    once, into ``cache_dir``); the decisions are the same without. Raises ``InvalidInput`` for sizes that cannot work.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class BlockManager:
         num_host_blocks: int = 0,
         prefix_caching: bool = True,
         eviction: str = "lru",
+        compiled: bool = True,
+        cache_dir: str = DEFAULT_CACHE_DIR,
     ) -> None:
         if block_size < 1 or max_sequences < 1:
             raise InvalidInput(f"block_size={block_size} and max_sequences={max_sequences} must be at least 1")
@@ -74,8 +77,20 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
-        self.tiers = tuple(Tier(name, size, block_size, eviction) for name, size in sizes.items())
+        library = accelerator.load(cache_dir) if compiled else None
+        self.tiers = tuple(
+            Tier(
+                name,
+                size,
+                eviction,
+                accelerator.NativeIndex(size, block_size, library) if library else PrefixIndex(size, block_size),
+            )
+            for name, size in sizes.items()
+        )
         self.table = SequenceTable(max_sequences, -(-self.max_seq_len // block_size), tuple(sizes))
+        self._accelerator = (
+            accelerator.Accelerator(library, self.table, self.tiers[DEVICE], self.max_seq_len) if library else None
+        )
         self.counters = Counters()
         self._in_flight: dict[int, Plan] = {}
         self._moving: list[Transfer] = []
@@ -102,9 +117,10 @@ class BlockManager:
         if len(spaces) != len(packed):
             raise InvalidInput(f"{len(packed)} prompts but {len(spaces)} namespaces")
         roots = [space.root(self.block_size) for space in spaces]
-        names: list[list[bytes]] = [[] for _ in packed]
+        names = [b""] * len(packed)
         if self.prefix_caching:
-            names = [hash_blocks(root, ids, self.block_size) for root, ids in zip(roots, packed, strict=True)]
+            hasher = self.tiers[DEVICE].index.hash
+            names = [hasher(root, ids) for root, ids in zip(roots, packed, strict=True)]
         with self._verb():
             self._require_length(max((len(ids) for ids in packed), default=0))
             self.table.require(len(packed))
@@ -123,8 +139,9 @@ class BlockManager:
             self.table.require(n)
             row = int(rows[0])
             tier = self.tiers[self.table.tier[row]]
-            tier.share(np.tile(self.table.blocks_leaf_first([row]), n))
-            return [self.table.handle(self.table.clone(row), sequence.num_cached_tokens) for _ in range(n)]
+            tier.share(self.table.blocks[row, : self.table.num_blocks[row]], n)
+            cached = sequence.num_cached_tokens
+            return [self.table.handle(child, cached) for child in self.table.clone(row, n)]
 
     def truncate(self, sequences: SequenceOf[Sequence], lengths: SequenceOf[int]) -> None:
         """Cut sequences back to these lengths in tokens and give back the blocks past the cut.
@@ -148,16 +165,20 @@ class BlockManager:
             self.table.reserved[rows] = self.table.computed[rows] = target
             self.table.committed[rows] = np.minimum(self.table.committed[rows], target)
 
-    def free(self, sequences: SequenceOf[Sequence], after: Fence | None = None) -> None:
+    def free(self, sequences: SequenceOf[Sequence] | Batch, after: Fence | None = None) -> None:
         """End sequences. Their blocks are reused once ``after`` has passed and the steps now in flight have ended.
 
         Steps in flight may name a freed sequence; committing them skips it. Raises ``StaleSequence``,
         ``SequenceBusy`` while a sequence is moving between tiers.
         """
+        batch = sequences if isinstance(sequences, Batch) else Batch(sequences)
         with self._verb():
-            rows = self.table.rows(sequences)
+            fences = self._fences(after)
+            if self._accelerator is not None and not fences and self._accelerator.free(batch):
+                return
+            rows = self.table.rows(batch)
             self.table.require_still(rows, "free")
-            self._release(rows, np.zeros_like(rows), self._fences(after))
+            self._release(rows, np.zeros_like(rows), fences)
             self.table.destroy(rows)
 
     def lengths(self, sequences: SequenceOf[Sequence]) -> Ints:
@@ -167,31 +188,29 @@ class BlockManager:
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
-    def reserve(self, sequences: SequenceOf[Sequence], tokens: SequenceOf[Tokens | int]) -> Plan:
+    def reserve(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Plan:
         """Slots for the new tokens of a batch, for all of it or none.
 
         ``tokens[i]`` is the new token ids of sequence ``i``, or how many there will be (the ids then come at
-        ``commit``). Several steps may be in flight, also of one sequence. Raises ``OutOfBlocks``,
-        ``SequenceTooLong``, ``WrongTier``, ``SequenceBusy``, ``StaleSequence``, ``InvalidInput``.
+        ``commit``); an integer array ``[num_seqs, k]`` gives ``k`` ids for each. Several steps may be in flight, also
+        of one sequence. Raises ``OutOfBlocks``, ``SequenceTooLong``, ``WrongTier``, ``SequenceBusy``,
+        ``StaleSequence``, ``InvalidInput``.
         """
-        ids = tuple(None if isinstance(new, int | np.integer) else pack_tokens(new) for new in tokens)
-        sizes = [int(new) if known is None else len(known) for new, known in zip(tokens, ids, strict=True)]  # type: ignore[arg-type]
-        counts = np.array(sizes, dtype=np.int64)
-        if len(counts) != len(sequences) or (counts < 1).any():
-            raise InvalidInput(f"{len(sequences)} sequences need as many counts of at least 1, got {sizes[:8]}")
+        batch = sequences if isinstance(sequences, Batch) else Batch(sequences)
         with self._verb():
-            rows = self.table.rows(sequences)
-            self.table.require_tier(rows, DEVICE)
-            self.table.require_still(rows, "reserve for")
-            self._require_length(int((self.table.reserved[rows] + counts).max(initial=0)))
-            plan = plan_step(self._next_step, self.tiers[DEVICE], self.table, rows, counts, ids)
-            self._next_step += 1
-            self._in_flight[plan.step] = plan
-            apply_step(plan, self.tiers[DEVICE], self.table, _StepFence(plan.step, self._oldest_in_flight))
+            counts, ids = pack_batch(tokens, len(batch), self.max_seq_len)
+            step = self._next_step
+            plan = None
+            if self._accelerator is not None:
+                plan = self._accelerator.reserve(step, batch.rows, batch.generations, counts, ids)
+            if plan is None:
+                plan = self._reserve(step, batch, counts, ids)
+            self._next_step = step + 1
+            self._in_flight[step] = plan
             self.counters.cow_copies += len(plan.replaced[0])
             return plan
 
-    def commit(self, plan: Plan, tokens: SequenceOf[Tokens | None] | None = None) -> None:
+    def commit(self, plan: Plan, tokens: LateTokens = None) -> None:
         """The step has run: its tokens count, and blocks that became full can be matched.
 
         ``tokens[i]`` is the ids of sequence ``i`` where it was reserved by count. Without ids (here or at
@@ -204,20 +223,15 @@ class BlockManager:
                     f"step {plan.step} cannot commit: in flight are {list(self._in_flight)}, oldest first"
                 )
             alive = alive_in(plan, self.table)
-            ids = self._ids(plan, tokens, alive)
+            late = fill_in(plan.tokens, plan.query_start.tolist(), tokens, alive)
+            ids = late if self.prefix_caching else None
             del self._in_flight[plan.step]
-            rows = plan.rows[alive]
-            self.table.last_step[rows[self.table.last_step[rows] == plan.step]] = 0
-            named = self.table.committed[plan.rows] == self.table.computed[plan.rows]
-            self.table.computed[rows] += plan.counts[alive]
-            for i in np.flatnonzero(alive & named).tolist():
-                new = ids[i]
-                if new is not None and self.prefix_caching:
-                    slots = plan.slot_mapping[plan.query_start[i] : plan.query_start[i + 1]]
-                    duplicates = commit_tokens(
-                        self.tiers[DEVICE], self.table, int(plan.rows[i]), new, slots, self._fences(None)
-                    )
-                    self.counters.duplicate_blocks += duplicates
+            duplicates = None
+            if self._accelerator is not None:
+                duplicates = self._accelerator.commit(plan, ids, lambda: self._fences(None))
+            if duplicates is None:
+                duplicates = commit_step(plan, ids, self.tiers[DEVICE], self.table, self._fences(None))
+            self.counters.duplicate_blocks += duplicates
             self.counters.steps_committed += 1
             self.counters.tokens_committed += int(plan.counts[alive].sum())
 
@@ -235,6 +249,8 @@ class BlockManager:
                     f"step {plan.step} cannot abort: in flight are {list(self._in_flight)}; abort later ones first"
                 )
             del self._in_flight[plan.step]
+            if self._accelerator is not None:
+                self._accelerator.drop(plan)
             undo_step(plan, self.tiers[DEVICE], self.table, self._oldest_in_flight())
             self.counters.steps_aborted += 1
 
@@ -323,41 +339,34 @@ class BlockManager:
     def _release(self, rows: Ints, keep: Ints, fences: tuple[Fence, ...]) -> None:
         for index, tier in enumerate(self.tiers):
             here = self.table.tier[rows] == index
-            tier.pool.release(self.table.blocks_leaf_first(rows[here].tolist(), keep[here].tolist()), fences)
+            if here.any():
+                tier.pool.release(*self.table.leaf_first(rows[here], keep[here]), fences)
 
     def _add(self, root: bytes, prompt: Prompt) -> Sequence:
         device, table = self.tiers[DEVICE], self.table
         usable = max(len(prompt.tokens) - 1, 0) // self.block_size
-        blocks = device.index.match(prompt.names[:usable])
+        blocks = device.index.match(prompt.names[: usable * DIGEST_BYTES])
         row = table.create(root)
         cached = len(blocks) * self.block_size
         device.share(blocks)
         table.blocks[row, : len(blocks)] = blocks
         table.num_blocks[row] = len(blocks)
         table.reserved[row] = table.computed[row] = table.committed[row] = cached
-        if len(prompt.names) > len(blocks):
-            table.prompts[row] = prompt
+        if self._accelerator is None and len(prompt.names) > len(blocks) * DIGEST_BYTES:
+            table.prompts[row] = prompt  # compiled, to hash again is cheaper than to compare
         self.counters.prefix_query_tokens += len(prompt.tokens)
         self.counters.prefix_hit_tokens += cached
         return table.handle(row, cached)
 
-    def _ids(
-        self, plan: Plan, tokens: SequenceOf[Tokens | None] | None, alive: npt.NDArray[np.bool_]
-    ) -> list[TokenArray | None]:
-        """The ids of each sequence of a step, from ``reserve`` or from ``commit``."""
-        late: SequenceOf[Tokens | None] = [None] * len(plan.rows) if tokens is None else tokens
-        if len(late) != len(plan.rows):
-            raise InvalidInput(f"step {plan.step} has {len(plan.rows)} sequences, got tokens for {len(late)}")
-        ids: list[TokenArray | None] = []
-        for i, (known, new) in enumerate(zip(plan.tokens, late, strict=True)):
-            packed = None if new is None or not alive[i] else pack_tokens(new)
-            if packed is not None and (known is not None or len(packed) != plan.counts[i]):
-                reason = (
-                    "were given at reserve" if known is not None else f"must be {plan.counts[i]}, got {len(packed)}"
-                )
-                raise InvalidInput(f"step {plan.step}, sequence {i}: its token ids {reason}")
-            ids.append(known if packed is None else packed)
-        return ids
+    def _reserve(self, step: int, batch: Batch, counts: Ints, ids: TokenArray) -> Plan:
+        """The specification of ``Accelerator.reserve``, and what finds the error to raise."""
+        rows = self.table.rows(batch)
+        self.table.require_tier(rows, DEVICE)
+        self.table.require_still(rows, "reserve for")
+        self._require_length(int((self.table.reserved[rows] + counts).max(initial=0)))
+        plan = plan_step(step, self.tiers[DEVICE], self.table, rows, batch.generations, counts, ids)
+        apply_step(plan, self.tiers[DEVICE], self.table, _StepFence(step, self._oldest_in_flight))
+        return plan
 
     def _begin_transfer(self, sequences: SequenceOf[Sequence], source: int, target: int) -> Transfer:
         with self._verb():

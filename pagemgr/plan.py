@@ -37,8 +37,8 @@ class Plan:
     """Per row, the step in flight that this one builds on."""
     starts: Ints
     counts: Ints
-    tokens: tuple[npt.NDArray[np.int32] | None, ...]
-    """The new token ids of each sequence, or None where they come at commit."""
+    tokens: npt.NDArray[np.int32]
+    """The new token ids, ``[num_tokens]``; negative where they come at commit."""
     block_table: npt.NDArray[np.int32]
     """``[num_seqs, width]``, as wide as the longest sequence of the batch; padded with the null block."""
     query_start: npt.NDArray[np.int32]
@@ -47,10 +47,8 @@ class Plan:
     """``[num_tokens]``, where each new token's K and V go."""
     copies: tuple[Copies, ...]
     """Copy-on-write: tails that others still read."""
-    grown: tuple[Ints, Ints, Blocks]
-    """Table entries that this step added: rows, columns, blocks."""
-    replaced: tuple[Ints, Ints, Blocks, Blocks]
-    """Table entries that copy-on-write changed: rows, columns, new blocks, old blocks."""
+    replaced: tuple[Ints, Blocks, Blocks]
+    """Tails that copy-on-write replaced: positions in the batch, new blocks, old blocks."""
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +72,7 @@ class Transfer:
     """Only blocks whose bytes have to move: those that the target tier already holds do not."""
     moved: tuple[Blocks, ...]
     """Per row, the blocks of the target tier that it will consist of, in token order."""
-    names: tuple[Blocks, list[bytes]]
+    names: tuple[Blocks, bytes]
     """Blocks of the target tier to publish, and their names."""
 
     @property

@@ -43,6 +43,10 @@ class BlockState(IntEnum):
     fenced = 5
 
 
+_STATES = len(BlockState)
+Ints = npt.NDArray[np.int64]
+
+
 class Fence(Protocol):
     """Something that passes once and stays passed, such as a recorded ``torch.cuda.Event``."""
 
@@ -51,7 +55,7 @@ class Fence(Protocol):
 
 
 class BlockPool:
-    """The blocks of one tier. Every method takes arrays of block ids (int32) and is all or nothing."""
+    """The blocks of one tier. Every method takes an array of distinct block ids (int32) and is all or nothing."""
 
     def __init__(self, num_blocks: int, policy: EvictionPolicy, tier: str = "device") -> None:
         if num_blocks < 2:
@@ -68,7 +72,7 @@ class BlockPool:
         self.counts[BlockState.null] = 1
         self.counts[BlockState.free] = num_blocks - 1
         # A stack of blanks: the last released is the first reused, while its cache lines are warm.
-        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
+        self.stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._fences: list[tuple[tuple[Fence, ...], Blocks]] = []
         self.num_allocated = 0
         self.num_released = 0
@@ -89,7 +93,7 @@ class BlockPool:
             fenced = self.counts[BlockState.fenced]
             raise OutOfBlocks(count, self.available - len(spared), fenced, self.tier)
         free = self.counts[BlockState.free]
-        blanks = self._stack[max(free - count, 0) : free][::-1]
+        blanks = self.stack[max(free - count, 0) : free][::-1]
         if len(blanks) == count:
             return blanks.copy()
         victims = self.policy.victims(count - len(blanks) + len(spared))
@@ -115,48 +119,72 @@ class BlockPool:
         self.num_evicted += len(evicted)
         return evicted
 
-    def acquire(self, blocks: Blocks) -> None:
-        """Add a reference per entry; a block may be named more than once. Refuses blocks without content."""
+    def acquire(self, blocks: Blocks, times: Ints | int = 1) -> None:
+        """Add references to distinct blocks, ``times`` to each. Refuses blocks that hold nothing."""
         states = self.state[blocks]
-        if ((states == BlockState.free) | (states == BlockState.null)).any():
-            raise InternalError(
-                f"reference to a {self.tier} block that holds nothing: {blocks[states <= 1][:8].tolist()}"
-            )
-        idle = np.unique(blocks[self.refs[blocks] == 0])
-        if len(idle):
-            cached = idle[self.state[idle] == BlockState.cached]
-            self.policy.remove(cached)
-            self._recount(idle, np.where(self.published[idle], BlockState.full, BlockState.open))
-        np.add.at(self.refs, blocks, 1)
+        if (states <= BlockState.free).any():
+            nothing = blocks[states <= BlockState.free][:8].tolist()
+            raise InternalError(f"reference to {self.tier} blocks that hold nothing: {nothing}")
+        idle = states >= BlockState.cached
+        if idle.any():
+            self.policy.remove(blocks[states == BlockState.cached])
+            back = np.where(self.published[blocks[idle]], BlockState.full, BlockState.open)
+            self._recount(blocks[idle], states[idle], back)
+        self.refs[blocks] += times
 
-    def release(self, blocks: Blocks, fences: tuple[Fence, ...] = ()) -> None:
-        """Drop a reference per entry; a block may be named more than once, and its last mention orders it.
+    def release(self, blocks: Blocks, times: Ints | int = 1, fences: tuple[Fence, ...] = ()) -> None:
+        """Drop references to distinct blocks, ``times`` of each.
 
-        Blocks left without references become cached or free in that order, once ``fences`` have passed. Dropping a
+        Blocks left without references become cached or free in this order, once ``fences`` have passed. Dropping a
         reference that does not exist is refused before anything changes.
         """
-        distinct, drops = _in_order_of_last_mention(blocks)
-        left = self.refs[distinct] - drops
-        if (left < 0).any():
-            raise InternalError(f"double free of {self.tier} blocks {distinct[left < 0][:8].tolist()}")
-        self.refs[distinct] = left
+        left = self.refs[blocks] - times
+        if len(blocks) and left.min() < 0:
+            raise InternalError(f"double free of {self.tier} blocks {blocks[left < 0][:8].tolist()}")
+        self.refs[blocks] = left
         if fences:
-            self.pending[distinct] += 1
-            self._fences.append((fences, distinct))
-        idle = distinct[left == 0]
+            self.pending[blocks] += 1
+            self._fences.append((fences, blocks))
+        idle = blocks[left == 0]
         self.num_released += len(idle)
         waits = self.pending[idle] > 0
         if waits.any():
-            self._recount(idle[waits], BlockState.fenced)
+            self._recount(idle[waits], self.state[idle[waits]], BlockState.fenced)
             idle = idle[~waits]
         self._settle(idle)
+
+    def count_taken(self, blanks: int) -> None:
+        """The compiled loops took this many blanks off the stack and opened them."""
+        self.counts[BlockState.free] -= blanks
+        self.counts[BlockState.open] += blanks
+        self.num_allocated += blanks
+
+    def count_sealed(self, blocks: int) -> None:
+        """The compiled loops made this many open blocks full."""
+        self.counts[BlockState.open] -= blocks
+        self.counts[BlockState.full] += blocks
+
+    def count_released(self, blanks: int, cached: Blocks) -> None:
+        """The compiled loops pushed this many open blocks on the stack, and these full ones became cached."""
+        self.counts[BlockState.open] -= blanks
+        self.counts[BlockState.free] += blanks
+        self.counts[BlockState.full] -= len(cached)
+        self.counts[BlockState.cached] += len(cached)
+        self.num_released += blanks + len(cached)
+        self.policy.insert(cached)
+
+    @property
+    def has_fences(self) -> bool:
+        """Whether any block waits for a fence."""
+        return bool(self._fences)
 
     def seal(self, blocks: Blocks) -> None:
         """Open blocks become full: immutable, published under a hash."""
         if (self.state[blocks] != BlockState.open).any():
             raise InternalError(f"only open blocks can be sealed, not {blocks[:8].tolist()}")
         self.published[blocks] = True
-        self._recount(blocks, BlockState.full)
+        self.state[blocks] = BlockState.full
+        self.count_sealed(len(blocks))
 
     def poll(self) -> None:
         """Let go of the blocks whose fences have passed. If a fence raises, nothing has changed."""
@@ -181,7 +209,7 @@ class BlockPool:
         states = self.state
         counted = np.bincount(states, minlength=len(BlockState)).tolist()
         owned = (states == BlockState.open) | (states == BlockState.full)
-        free = np.sort(self._stack[: self.counts[BlockState.free]])
+        free = np.sort(self.stack[: self.counts[BlockState.free]])
         cached = self.policy.victims(self.counts[BlockState.cached])
         fenced = [blocks for _, blocks in self._fences]
         pending = np.bincount(np.concatenate(fenced), minlength=self.num_blocks) if fenced else np.zeros_like(states)
@@ -213,28 +241,31 @@ class BlockPool:
 
     def _settle(self, idle: Blocks) -> None:
         """Unreferenced, unfenced blocks become cached or free, in order."""
-        if not len(idle):
-            return
         published = self.published[idle]
         if published.any():
             cached = idle[published]
-            self._recount(cached, BlockState.cached)
+            self._recount(cached, self.state[cached], BlockState.cached)
             self.policy.insert(cached)
             idle = idle[~published]
-        start = self.counts[BlockState.free]
-        self._recount(idle, BlockState.free)
-        self._stack[start : start + len(idle)] = idle
+        if len(idle):
+            start = self.counts[BlockState.free]
+            self._recount(idle, self.state[idle], BlockState.free)
+            self.stack[start : start + len(idle)] = idle
 
-    def _recount(self, blocks: Blocks, new: BlockState | npt.NDArray[np.int64]) -> None:
+    def _recount(self, blocks: Blocks, old: npt.NDArray[np.uint8], new: BlockState | npt.NDArray[np.int64]) -> None:
         """Set states and keep the counts true."""
-        gone = np.bincount(self.state[blocks], minlength=len(BlockState))
         self.state[blocks] = new
-        come = np.bincount(self.state[blocks], minlength=len(BlockState))
-        self.counts = (np.asarray(self.counts) - gone + come).tolist()
+        gone = np.bincount(old, minlength=_STATES).tolist()
+        come = [0] * _STATES
+        if isinstance(new, BlockState):
+            come[new] = len(blocks)
+        else:
+            come = np.bincount(new, minlength=_STATES).tolist()
+        self.counts = [count - out + into for count, out, into in zip(self.counts, gone, come, strict=True)]
 
 
-def _in_order_of_last_mention(blocks: Blocks) -> tuple[Blocks, npt.NDArray[np.int64]]:
-    """The distinct blocks, ordered by where each is named last, and how often each is named."""
+def tally(blocks: Blocks) -> tuple[Blocks, Ints]:
+    """The distinct blocks of a list, ordered by where each is named last, and how often each is named."""
     distinct, from_end, mentions = np.unique(blocks[::-1], return_index=True, return_counts=True)
     order = np.argsort(-from_end)
     return distinct[order], mentions[order]

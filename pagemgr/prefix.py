@@ -10,16 +10,13 @@ Only cryptographic hashes: a name is an identity, and a crafted collision would 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from .errors import InternalError, InvalidInput
+from .errors import InternalError
 from .eviction import Blocks
-
-TokenArray = npt.NDArray[np.int32]
+from .ids import TokenArray
 
 DIGEST_BYTES = 32
 _FORMAT = b"pagemgr prefix 1"
@@ -51,24 +48,8 @@ def _framed(data: bytes) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def pack_tokens(tokens: Iterable[int] | npt.ArrayLike) -> TokenArray:
-    """Token ids as int32 ``[n]``. Raises ``InvalidInput`` unless they are integers in [0, 2**31)."""
-    try:
-        array = np.asarray(tokens if hasattr(tokens, "__array__") else list(tokens))  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"token ids must be one row of integers, got {tokens!r:.80}") from error
-    if array.size == 0:
-        return np.zeros(0, dtype=np.int32)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InvalidInput(f"token ids must be one row of integers, got {array.dtype} of shape {array.shape}")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > np.iinfo(np.int32).max:
-        raise InvalidInput(f"token ids must be in [0, 2**31), got {low if low < 0 else high}")
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def hash_blocks(parent: bytes, tokens: TokenArray, block_size: int) -> list[bytes]:
-    """Names of the full blocks of ``tokens``, the first of which follows ``parent``."""
+def hash_blocks(parent: bytes, tokens: TokenArray, block_size: int) -> bytes:
+    """Names of the full blocks of ``tokens``, the first of which follows ``parent``: packed, 32 bytes each."""
     packed = tokens.astype("<i4", copy=False).tobytes()
     step = 4 * block_size
     names: list[bytes] = []
@@ -76,59 +57,65 @@ def hash_blocks(parent: bytes, tokens: TokenArray, block_size: int) -> list[byte
     for start in range(0, len(packed) - step + 1, step):
         parent = sha256(parent + packed[start : start + step]).digest()
         names.append(parent)
-    return names
+    return b"".join(names)
+
+
+def split_names(names: bytes) -> list[bytes]:
+    """Packed names, one by one."""
+    return [names[start : start + DIGEST_BYTES] for start in range(0, len(names), DIGEST_BYTES)]
 
 
 class PrefixIndex:
-    """Which block of a tier holds which prefix. A published block's parent is published as long as it is referenced."""
+    """Which block of a tier holds which prefix. A published block's parent is published as long as it is referenced.
+
+    Several names are passed packed: 32 bytes each, one after another.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.tokens = np.zeros((num_blocks, block_size), dtype=np.int32)
         """Committed token ids by block and offset; what lies beyond a sequence's end is stale."""
-        self._names = np.zeros((num_blocks, DIGEST_BYTES), dtype=np.uint8)
+        self.names = np.zeros((num_blocks, DIGEST_BYTES), dtype=np.uint8)
         self._blocks: dict[bytes, int] = {}
 
-    def __len__(self) -> int:
-        return len(self._blocks)
+    def hash(self, parent: bytes, tokens: TokenArray) -> bytes:
+        """Names of the full blocks of ``tokens``; see ``hash_blocks``."""
+        return hash_blocks(parent, tokens, self.block_size)
 
-    def match(self, names: list[bytes]) -> Blocks:
-        """Blocks of the longest leading run of ``names`` that is here."""
-        found: list[int] = []
+    def find(self, names: bytes) -> Blocks:
+        """The blocks published under ``names``, -1 where there is none."""
         get = self._blocks.get
-        for name in names:
-            block = get(name)
-            if block is None:
-                break
-            found.append(block)
-        return np.array(found, dtype=np.int32)
+        return np.array([get(name, -1) for name in split_names(names)], dtype=np.int32)
 
-    def find(self, name: bytes) -> int | None:
-        """The block published under ``name``."""
-        return self._blocks.get(name)
+    def match(self, names: bytes) -> Blocks:
+        """Blocks of the longest leading run of ``names`` that is published."""
+        found = self.find(names)
+        missing = np.flatnonzero(found < 0)
+        return found[: missing[0]] if len(missing) else found
 
-    def name(self, block: int) -> bytes:
-        """The name that a published block has."""
-        return bytes(self._names[block])
+    def names_of(self, blocks: Blocks) -> bytes:
+        """The names that published blocks have."""
+        return self.names[blocks].tobytes()
 
-    def publish(self, blocks: Blocks, names: list[bytes]) -> Blocks:
-        """Put distinct names on blocks. Returns who stands for each name now: the block, or one that already did."""
+    def publish(self, blocks: Blocks, names: bytes) -> Blocks:
+        """Put names on blocks. Returns who stands for each name now: the block, or one that already did."""
         setdefault = self._blocks.setdefault
-        kept = np.array([setdefault(name, block) for name, block in zip(names, blocks.tolist(), strict=True)], np.int32)
+        pairs = zip(split_names(names), blocks.tolist(), strict=True)
+        kept = np.array([setdefault(name, block) for name, block in pairs], dtype=np.int32)
         new = kept == blocks
-        digests = np.frombuffer(b"".join(names), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
-        self._names[blocks[new]] = digests[new]
+        self.names[blocks[new]] = np.frombuffer(names, dtype=np.uint8).reshape(-1, DIGEST_BYTES)[new]
         return kept
 
     def forget(self, blocks: Blocks) -> None:
         """These blocks were evicted."""
-        packed = self._names[blocks].tobytes()
-        for start in range(0, len(packed), DIGEST_BYTES):
-            del self._blocks[packed[start : start + DIGEST_BYTES]]
+        for name in split_names(self.names_of(blocks)):
+            del self._blocks[name]
 
     def check(self, published: Blocks) -> None:
         """Raise ``InternalError`` unless names and published blocks are one to one."""
-        if sorted(self._blocks.values()) != published.tolist():
+        if self.num_published() != len(published) or not np.array_equal(self.find(self.names_of(published)), published):
             raise InternalError("the prefix index and the published blocks differ")
-        if any(self.name(block) != name for name, block in self._blocks.items()):
-            raise InternalError("a block carries another name than the prefix index has for it")
+
+    def num_published(self) -> int:
+        """Names there are."""
+        return len(self._blocks)

@@ -18,8 +18,8 @@ import torch
 from .cache import PagedKVCache, Step
 from .config import Config, EvictionConfig, ModelConfig, PoolConfig
 from .errors import InternalError
+from .ids import TokenArray
 from .manager import BlockManager
-from .prefix import TokenArray
 from .sequences import Sequence as Handle
 from .stats import Stats
 from .traces import Request, TokenSource

@@ -12,14 +12,17 @@ State is flat arrays by row. A handle carries the row's generation, so that a ha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .errors import InvalidInput, OutOfSequences, SequenceBusy, StaleSequence, WrongTier
+from .eviction import Blocks
+from .ids import TokenArray
+from .layout import NULL_BLOCK
 from .plan import Ints
-from .prefix import TokenArray
+from .pool import tally
+from .prefix import DIGEST_BYTES
 
 IDLE = 0
 MOVING = -1
@@ -34,12 +37,31 @@ class Sequence:
     num_cached_tokens: int = field(default=0, compare=False)
 
 
+class Batch:
+    """Sequences that step together. Made once and passed again and again, it spares each call the walk over handles.
+
+    Raises ``InvalidInput`` if a sequence is named twice.
+    """
+
+    __slots__ = ("generations", "rows", "sequences")
+
+    def __init__(self, sequences: Iterable[Sequence]) -> None:
+        self.sequences = tuple(sequences)
+        self.rows = np.array([handle.row for handle in self.sequences], dtype=np.int64)
+        self.generations = np.array([handle.generation for handle in self.sequences], dtype=np.int64)
+        if len(set(zip(self.rows.tolist(), self.generations.tolist(), strict=True))) != len(self.rows):
+            raise InvalidInput("a sequence is named twice in one call")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What ``add`` was given: the ids, and the names of their full blocks, so that no token is hashed twice."""
+    """What ``add`` was given: the ids, and the packed names of their full blocks, so that no token is hashed twice."""
 
     tokens: TokenArray
-    names: list[bytes]
+    names: bytes
 
 
 class SequenceTable:
@@ -57,7 +79,8 @@ class SequenceTable:
         self.tier = np.zeros(max_sequences, dtype=np.uint8)
         self.last_step = np.full(max_sequences, IDLE, dtype=np.int64)
         """Newest step in flight, ``IDLE``, or ``MOVING`` between tiers."""
-        self.roots: dict[int, bytes] = {}
+        self.roots = np.zeros((max_sequences, DIGEST_BYTES), dtype=np.uint8)
+        """The name before each row's first block: its namespace."""
         self.prompts: dict[int, Prompt] = {}
         self._tier_names = tier_names
         self._free = list(range(max_sequences - 1, -1, -1))
@@ -77,19 +100,21 @@ class SequenceTable:
         row = self._free.pop()
         self.live[row] = True
         self.tier[row] = 0
-        self.roots[row] = root
+        self.roots[row] = np.frombuffer(root, dtype=np.uint8)
         return row
 
-    def clone(self, row: int) -> int:
-        """A new row with the same content. The caller adds the references."""
-        child = self.create(self.roots[row])
-        n = self.num_blocks[row]
-        self.blocks[child, :n] = self.blocks[row, :n]
+    def clone(self, row: int, n: int) -> list[int]:
+        """``n`` new rows with the same content. The caller adds the references."""
+        root = self.roots[row].tobytes()
+        children = [self.create(root) for _ in range(n)]
+        used = self.num_blocks[row]
+        self.blocks[children, :used] = self.blocks[row, :used]
         for column in (self.num_blocks, self.reserved, self.computed, self.committed, self.tier):
-            column[child] = column[row]
+            column[children] = column[row]
         if row in self.prompts:
-            self.prompts[child] = self.prompts[row]
-        return child
+            for child in children:
+                self.prompts[child] = self.prompts[row]
+        return children
 
     def destroy(self, rows: Ints) -> None:
         """Empty these rows; their handles become stale."""
@@ -98,9 +123,12 @@ class SequenceTable:
         self.last_step[rows] = IDLE
         self.live[rows] = False
         self.generation[rows] += 1
+        self.blocks[rows] = NULL_BLOCK
+        self.vacate(rows)
+
+    def vacate(self, rows: Ints) -> None:
+        """These emptied rows can be taken anew."""
         for row in rows.tolist():
-            self.blocks[row] = 0
-            del self.roots[row]
             self.prompts.pop(row, None)
             self._free.append(row)
 
@@ -108,19 +136,16 @@ class SequenceTable:
         """The handle of a live row."""
         return Sequence(row, int(self.generation[row]), num_cached_tokens)
 
-    def rows(self, sequences: Iterable[Sequence]) -> Ints:
+    def rows(self, sequences: Iterable[Sequence] | Batch) -> Ints:
         """Rows of these handles. Raises ``StaleSequence``, or ``InvalidInput`` if one is named twice."""
-        handles = list(sequences)
-        rows = np.array([handle.row for handle in handles], dtype=np.int64)
-        generations = np.array([handle.generation for handle in handles], dtype=np.int64)
+        batch = sequences if isinstance(sequences, Batch) else Batch(sequences)
+        rows = batch.rows
         known = (rows >= 0) & (rows < len(self.live))
         here = np.where(known, rows, 0)
-        stale = ~known | ~self.live[here] | (self.generation[here] != generations)
+        stale = ~known | ~self.live[here] | (self.generation[here] != batch.generations)
         if stale.any():
-            handle = handles[int(np.flatnonzero(stale)[0])]
+            handle = batch.sequences[int(np.flatnonzero(stale)[0])]
             raise StaleSequence(handle.row, handle.generation)
-        if len(set(rows.tolist())) != len(rows):
-            raise InvalidInput("a sequence is named twice in one call")
         return rows
 
     def require_tier(self, rows: Ints, tier: int) -> None:
@@ -140,15 +165,17 @@ class SequenceTable:
         """Raise ``SequenceBusy`` if any row is moving between tiers."""
         self.require_idle(rows[self.last_step[rows] == MOVING], verb)
 
-    def blocks_leaf_first(
-        self, rows: Rows[int], keep: Rows[int] | None = None
-    ) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """Blocks of these rows, tail first, leaving each row's first ``keep`` alone."""
-        kept = keep if keep is not None else [0] * len(rows)
-        tails = [self.blocks[row, k : self.num_blocks[row]][::-1] for row, k in zip(rows, kept, strict=True)]
-        return np.concatenate(tails) if tails else np.zeros(0, dtype=np.int32)
+    def leaf_first(self, rows: Ints, keep: Ints) -> tuple[Blocks, Ints | int]:
+        """Distinct blocks of these rows, children before parents, and how often each is named.
+
+        Each row's first ``keep`` blocks are left alone.
+        """
+        kept = keep.tolist()
+        tails = [self.blocks[row, k : self.num_blocks[row]][::-1] for row, k in zip(rows.tolist(), kept, strict=True)]
+        return (tails[0].copy(), 1) if len(tails) == 1 else tally(np.concatenate([*tails, np.zeros(0, dtype=np.int32)]))
 
     def references(self, tier: int, num_blocks: int) -> Ints:
         """int64 ``[num_blocks]``: table entries of this tier that name each block."""
         rows = np.flatnonzero(self.live & (self.tier == tier))
-        return np.bincount(self.blocks_leaf_first(rows.tolist()), minlength=num_blocks).astype(np.int64)
+        named = np.arange(self.blocks.shape[1]) < self.num_blocks[rows, None]
+        return np.bincount(self.blocks[rows][named], minlength=num_blocks).astype(np.int64)

@@ -12,15 +12,17 @@ from __future__ import annotations
 import numpy as np
 
 from .eviction import Blocks
+from .ids import TokenArray
+from .layout import NULL_BLOCK
 from .plan import Copies, Ints, Plan
-from .pool import BlockState, Fence
-from .prefix import TokenArray, hash_blocks
-from .sequences import SequenceTable
+from .pool import BlockState, Fence, tally
+from .prefix import DIGEST_BYTES
+from .sequences import IDLE, SequenceTable
 from .tier import Tier
 
 
 def plan_step(
-    step: int, tier: Tier, table: SequenceTable, rows: Ints, counts: Ints, tokens: tuple[TokenArray | None, ...]
+    step: int, tier: Tier, table: SequenceTable, rows: Ints, generations: Ints, counts: Ints, tokens: TokenArray
 ) -> Plan:
     """Decide which blocks the batch gets. Pure; raises ``OutOfBlocks``."""
     size = tier.index.block_size
@@ -32,50 +34,48 @@ def plan_step(
     blocks = tier.pool.peek(len(copied) + int(growth.sum()))
     fresh, added = blocks[: len(copied)], blocks[len(copied) :]
 
-    table_rows = np.repeat(np.arange(len(rows)), growth)
-    columns = np.repeat(have, growth) + ramp(growth)
-    tail_columns = starts[copied] // size
     block_table = table.blocks[rows, : int((have + growth).max(initial=0))]
-    block_table[table_rows, columns] = added
-    block_table[copied, tail_columns] = fresh
-
+    block_table[np.repeat(np.arange(len(rows)), growth), np.repeat(have, growth) + ramp(growth)] = added
+    block_table[copied, starts[copied] // size] = fresh
     positions = np.repeat(starts, counts) + ramp(counts)
-    token_rows = np.repeat(np.arange(len(rows)), counts)
-    slots = block_table[token_rows, positions // size].astype(np.int64) * size + positions % size
+    owners = np.repeat(np.arange(len(rows)), counts)
     pairs = np.stack([tails, fresh], axis=1)
     return Plan(
         step=step,
         rows=rows,
-        generations=table.generation[rows],
+        generations=generations,
         previous=table.last_step[rows],
         starts=starts,
         counts=counts,
         tokens=tokens,
         block_table=block_table,
         query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        slot_mapping=slots,
+        slot_mapping=block_table[owners, positions // size].astype(np.int64) * size + positions % size,
         copies=(Copies(tier.name, tier.name, pairs),) if len(pairs) else (),
-        grown=(rows[table_rows], columns, added),
-        replaced=(rows[copied], tail_columns, fresh, tails),
+        replaced=(copied, fresh, tails),
     )
 
 
 def apply_step(plan: Plan, tier: Tier, table: SequenceTable, fence: Fence) -> None:
     """Make the plan true. The replaced tails stay readable until ``fence``, the step itself, has passed."""
-    rows, columns, added = plan.grown
-    tail_rows, tail_columns, fresh, tails = plan.replaced
+    size = tier.index.block_size
+    rows, have = plan.rows, table.num_blocks[plan.rows]
+    growth = -(-(plan.starts + plan.counts) // size) - have
+    owners, columns = np.repeat(np.arange(len(rows)), growth), np.repeat(have, growth) + ramp(growth)
+    added = plan.block_table[owners, columns]
+    copied, fresh, tails = plan.replaced
     tier.take(np.concatenate([fresh, added]))
-    table.blocks[rows, columns] = added
-    table.blocks[tail_rows, tail_columns] = fresh
+    table.blocks[rows[owners], columns] = added
+    table.blocks[rows[copied], plan.starts[copied] // size] = fresh
     if len(tails):
         tier.index.tokens[fresh] = tier.index.tokens[tails]
         # A tail that stays with a sequence of this step needs no fence: it cannot change hands before the step ends.
-        kept = np.isin(tails, plan.block_table[np.arange(len(plan.rows)), plan.starts // tier.index.block_size])
-        tier.pool.release(tails[kept])
-        tier.pool.release(tails[~kept], (fence,))
-    table.reserved[plan.rows] = plan.starts + plan.counts
-    table.num_blocks[plan.rows] = -(-table.reserved[plan.rows] // tier.index.block_size)
-    table.last_step[plan.rows] = plan.step
+        kept = np.isin(tails, plan.block_table[np.arange(len(rows)), plan.starts // size])
+        tier.pool.release(*tally(tails[kept]))
+        tier.pool.release(*tally(tails[~kept]), (fence,))
+    table.reserved[rows] = plan.starts + plan.counts
+    table.num_blocks[rows] = have + growth
+    table.last_step[rows] = plan.step
 
 
 def undo_step(plan: Plan, tier: Tier, table: SequenceTable, oldest: int) -> None:
@@ -83,62 +83,100 @@ def undo_step(plan: Plan, tier: Tier, table: SequenceTable, oldest: int) -> None
 
     Blocks go back in the order in which a plan made again would take them.
     """
+    size = tier.index.block_size
     alive = alive_in(plan, table)
-    gone = plan.rows[~alive]
-    rows, columns, added = plan.grown
-    tail_rows, tail_columns, fresh, tails = plan.replaced
-    keep, keep_tail = ~np.isin(rows, gone), ~np.isin(tail_rows, gone)
-    table.blocks[rows[keep], columns[keep]] = 0
-    table.blocks[tail_rows[keep_tail], tail_columns[keep_tail]] = tails[keep_tail]
-    if keep_tail.any():
-        tier.pool.acquire(tails[keep_tail])
-    tier.pool.release(np.concatenate([fresh[keep_tail], added[keep]])[::-1])
-    rows = plan.rows[alive]
-    table.reserved[rows] = plan.starts[alive]
-    table.num_blocks[rows] = -(-plan.starts[alive] // tier.index.block_size)
-    table.last_step[rows] = np.where(plan.previous[alive] >= oldest, plan.previous[alive], 0)
+    rows, starts = plan.rows[alive], plan.starts[alive]
+    had = -(-starts // size)
+    growth = table.num_blocks[rows] - had
+    grown, columns = np.repeat(rows, growth), np.repeat(had, growth) + ramp(growth)
+    added = table.blocks[grown, columns]
+    copied, fresh, tails = plan.replaced
+    still = alive[copied]
+    copied, fresh, tails = copied[still], fresh[still], tails[still]
+    table.blocks[grown, columns] = NULL_BLOCK
+    table.blocks[plan.rows[copied], plan.starts[copied] // size] = tails
+    tier.pool.acquire(*tally(tails))
+    tier.pool.release(np.concatenate([fresh, added])[::-1])
+    table.reserved[rows] = starts
+    table.num_blocks[rows] = had
+    table.last_step[rows] = np.where(plan.previous[alive] >= oldest, plan.previous[alive], IDLE)
 
 
-def commit_tokens(
-    tier: Tier, table: SequenceTable, row: int, ids: TokenArray, slots: Ints, fences: tuple[Fence, ...]
-) -> int:
-    """Record the ids of a row's next tokens, and publish the blocks that became full.
+def commit_step(plan: Plan, ids: TokenArray | None, tier: Tier, table: SequenceTable, fences: tuple[Fence, ...]) -> int:
+    """The step has run: advance its sequences, record ids that are known, publish the blocks that became full.
 
-    If somebody else published the same content meanwhile, theirs is shared and the row's own is given back once
-    ``fences`` have passed. Returns how many blocks that were.
+    If somebody else published the same content meanwhile, theirs is shared and the sequence's own is given back once
+    ``fences`` have passed. Returns how many blocks that were. Sequences that were freed are passed over, and so are
+    negative ids, which are unknown, and ids that follow unknown ones.
     """
-    before = int(table.committed[row])
-    table.committed[row] = after = before + len(ids)
-    tier.index.tokens.reshape(-1)[slots] = ids
-    prompt = table.prompts.get(row)
-    if prompt is not None and not np.array_equal(
-        prompt.tokens[before:after], ids[: max(len(prompt.tokens) - before, 0)]
-    ):
-        del table.prompts[row]  # other tokens were run than announced: these names are not theirs
-    first, last = before // tier.index.block_size, after // tier.index.block_size
-    if first == last:
+    size = tier.index.block_size
+    alive = alive_in(plan, table)
+    live = plan.rows[alive]
+    named = alive & (table.committed[plan.rows] == table.computed[plan.rows])
+    table.computed[live] += plan.counts[alive]
+    table.last_step[live[table.last_step[live] == plan.step]] = IDLE
+    if ids is None:
         return 0
-    own = table.blocks[row, first:last].copy()
-    kept = tier.publish(own, _names(tier, table, row, first, last))
+    batch = np.flatnonzero(named & (ids[plan.query_start[:-1]] >= 0))
+    rows, counts = plan.rows[batch], plan.counts[batch]
+    where = np.repeat(plan.query_start[batch].astype(np.int64), counts) + ramp(counts)
+    tier.index.tokens.reshape(-1)[plan.slot_mapping[where]] = ids[where]
+    before = table.committed[rows]
+    table.committed[rows] = before + counts
+    if table.prompts:
+        for i, row in enumerate(rows.tolist()):
+            start = int(plan.query_start[batch[i]])
+            _compare_prompt(table, row, ids[start : start + int(counts[i])], int(before[i]))
+    first, last = before // size, (before + counts) // size
+    filled = np.flatnonzero(last > first)
+    names = [_names(tier, table, int(rows[i]), int(first[i]), int(last[i])) for i in filled.tolist()]
+    full = last[filled] - first[filled]
+    owners, columns = np.repeat(rows[filled], full), np.repeat(first[filled], full) + ramp(full)
+    own = table.blocks[owners, columns]
+    kept = tier.publish(own, b"".join(names))
+    share_duplicates(tier, table, owners, columns, own, kept, fences)
+    return int(np.count_nonzero(kept != own))
+
+
+def share_duplicates(
+    tier: Tier, table: SequenceTable, rows: Ints, columns: Ints, own: Blocks, kept: Blocks, fences: tuple[Fence, ...]
+) -> None:
+    """Where another block stands for what a row computed, the row takes it and gives its own back.
+
+    Rows are in the order of the batch, and columns ascend: each row gives back its children before their parents.
+    """
     twice = kept != own
     if twice.any():
-        tier.share(kept[twice])
-        tier.pool.release(own[twice][::-1], fences)
-        table.blocks[row, first:last] = kept
-    return int(twice.sum())
+        tier.share(*tally(kept[twice]))
+        _, first = np.unique(rows, return_index=True)
+        group = np.searchsorted(np.sort(first), np.arange(len(rows)), side="right")
+        leaf_first = np.lexsort((-columns, group))
+        tier.pool.release(own[leaf_first][twice[leaf_first]], 1, fences)
+        table.blocks[rows, columns] = kept
 
 
-def _names(tier: Tier, table: SequenceTable, row: int, first: int, last: int) -> list[bytes]:
-    """Names of the blocks in columns [first, last); those of the prompt were hashed when it was added."""
+def _compare_prompt(table: SequenceTable, row: int, ids: TokenArray, before: int) -> None:
+    """Other tokens may be run than ``add`` announced: then the names that were made then are not theirs."""
     prompt = table.prompts.get(row)
-    names = prompt.names[first:last] if prompt is not None else []
-    if prompt is not None and last >= len(prompt.names):
-        del table.prompts[row]
-    start = first + len(names)
+    if prompt is not None:
+        announced = prompt.tokens[before : before + len(ids)]
+        if not np.array_equal(announced, ids[: len(announced)]):
+            del table.prompts[row]
+
+
+def _names(tier: Tier, table: SequenceTable, row: int, first: int, last: int) -> bytes:
+    """Names of the blocks in columns [first, last); those of the prompt were hashed when it was added."""
+    names = b""
+    prompt = table.prompts.get(row)
+    if prompt is not None:
+        names = prompt.names[first * DIGEST_BYTES : last * DIGEST_BYTES]
+        if last * DIGEST_BYTES >= len(prompt.names):
+            del table.prompts[row]
+    start = first + len(names) // DIGEST_BYTES
     if start < last:
-        before = tier.index.name(int(table.blocks[row, start - 1])) if start else table.roots[row]
+        before = tier.index.names_of(table.blocks[row, start - 1 : start]) if start else table.roots[row].tobytes()
         tokens = tier.index.tokens[table.blocks[row, start:last]].reshape(-1)
-        names = names + hash_blocks(names[-1] if names else before, tokens, tier.index.block_size)
+        names += tier.index.hash(names[-DIGEST_BYTES:] or before, tokens)
     return names
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from .errors import InternalError
 from .eviction import Blocks
 from .plan import Copies, Ints, Transfer
-from .pool import Fence
+from .pool import Fence, tally
 from .sequences import IDLE, MOVING, SequenceTable
 from .tier import Tier
 
@@ -22,10 +22,11 @@ def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Trans
     old = [table.blocks[row, : table.num_blocks[row]] for row in rows.tolist()]
     entries = np.concatenate([*old, np.zeros(0, dtype=np.int32)])
     distinct, first, inverse, mentions = np.unique(entries, return_index=True, return_inverse=True, return_counts=True)
-    names = {b: source.index.name(b) for b in distinct[source.pool.published[distinct]].tolist()}
-    known = [target.index.find(names[b]) if b in names else None for b in distinct.tolist()]
-    there = np.array([b is not None for b in known], dtype=np.bool_)
-    held = np.array([b for b in known if b is not None], dtype=np.int32)
+    published = source.pool.published[distinct]
+    known = np.full(len(distinct), -1, dtype=np.int32)
+    known[published] = target.index.find(source.index.names_of(distinct[published]))
+    there = known >= 0
+    held = known[there]
     # Copy in the order of the rows, so that a sequence's blocks stay together in the target.
     missing = np.flatnonzero(~there)[np.argsort(first[~there])]
 
@@ -33,10 +34,11 @@ def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Trans
     new = np.empty(len(distinct), dtype=np.int32)
     new[there], new[missing] = held, fresh
     target.take(fresh)
-    target.share(np.repeat(new, np.where(there, mentions, mentions - 1)))
+    target.share(new, np.where(there, mentions, mentions - 1))
     table.last_step[rows] = MOVING
 
     pairs = np.stack([distinct[missing], fresh], axis=1)
+    named = published[missing]
     ends = np.cumsum([len(blocks) for blocks in old])
     return Transfer(
         source=source.name,
@@ -44,21 +46,21 @@ def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Trans
         rows=rows,
         copies=(Copies(source.name, target.name, pairs),) if len(pairs) else (),
         moved=tuple(np.split(new[inverse], ends[:-1])) if len(rows) else (),
-        names=(fresh[source.pool.published[pairs[:, 0]]], [names[a] for a in pairs[:, 0].tolist() if a in names]),
+        names=(fresh[named], source.index.names_of(distinct[missing][named])),
     )
 
 
 def finish(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fences: tuple[Fence, ...]) -> None:
     """Point the rows at the target tier and give back the source's blocks once ``fences`` have passed."""
     source, target = (tier_named(tiers, name) for name in (transfer.source, transfer.target))
-    leaving = table.blocks_leaf_first(transfer.rows.tolist())
+    leaving = table.leaf_first(transfer.rows, np.zeros_like(transfer.rows))
     for copies in transfer.copies:
         target.index.tokens[copies.pairs[:, 1]] = source.index.tokens[copies.pairs[:, 0]]
     for row, blocks in zip(transfer.rows.tolist(), transfer.moved, strict=True):
         table.blocks[row, : len(blocks)] = blocks
     table.tier[transfer.rows] = tiers.index(target)
     table.last_step[transfer.rows] = IDLE
-    source.pool.release(leaving, fences)
+    source.pool.release(*leaving, fences)
     kept = target.publish(*transfer.names)
     for block, other in zip(transfer.names[0].tolist(), kept.tolist(), strict=True):
         if other != block:
@@ -68,7 +70,7 @@ def finish(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fe
 def cancel(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable) -> None:
     """Give back the target's blocks; the rows never left."""
     owned = [blocks[::-1] for blocks in transfer.moved]
-    tier_named(tiers, transfer.target).pool.release(np.concatenate([*owned, np.zeros(0, dtype=np.int32)]))
+    tier_named(tiers, transfer.target).pool.release(*tally(np.concatenate([*owned, np.zeros(0, dtype=np.int32)])))
     table.last_step[transfer.rows] = IDLE
 
 
@@ -83,9 +85,9 @@ def tier_named(tiers: tuple[Tier, ...], name: str) -> Tier:
 def _replace(tier: Tier, table: SequenceTable, rows: Ints, old: int, new: int, fences: tuple[Fence, ...]) -> None:
     """Somebody published the same prefix while the bytes moved: share theirs."""
     mine, columns = np.nonzero(table.blocks[rows] == old)
-    tier.share(np.full(len(mine), new, dtype=np.int32))
+    tier.share(np.array([new], dtype=np.int32), len(mine))
     table.blocks[rows[mine], columns] = new
-    tier.pool.release(np.full(len(mine), old, dtype=np.int32), fences)
+    tier.pool.release(np.array([old], dtype=np.int32), len(mine), fences)
 
 
 def owned_in_target(transfers: list[Transfer], tier: Tier) -> Blocks:

@@ -8,32 +8,36 @@ import numpy as np
 
 from .errors import InternalError
 from .eviction import Blocks, make_policy
-from .pool import BlockPool
+from .pool import BlockPool, Ints
 from .prefix import PrefixIndex
 
 
 class Tier:
     """Pool and index, kept in agreement: a block that is given out anew loses its name."""
 
-    def __init__(self, name: str, num_blocks: int, block_size: int, policy: str) -> None:
+    def __init__(self, name: str, num_blocks: int, policy: str, index: PrefixIndex) -> None:
         self.name = name
         self.pool = BlockPool(num_blocks, make_policy(policy, num_blocks), name)
-        self.index = PrefixIndex(num_blocks, block_size)
+        self.index = index
         self.digest = 0
         """Running checksum of every block given out or shared, in order: equal on ranks that decided alike."""
 
     def take(self, blocks: Blocks) -> None:
         """Give out what ``pool.peek`` returned."""
         self.index.forget(self.pool.take(blocks))
+        self.note(blocks)
+
+    def share(self, blocks: Blocks, times: Ints | int = 1) -> None:
+        """More references to distinct blocks that hold something."""
+        self.pool.acquire(blocks, times)
+        self.note(blocks)
+
+    def note(self, blocks: Blocks) -> None:
+        """These blocks were given out or shared, in this order."""
         self.digest = crc32(blocks.tobytes(), self.digest)
 
-    def share(self, blocks: Blocks) -> None:
-        """One more reference to blocks that hold something."""
-        self.pool.acquire(blocks)
-        self.digest = crc32(blocks.tobytes(), self.digest)
-
-    def publish(self, blocks: Blocks, names: list[bytes]) -> Blocks:
-        """Make open blocks full under distinct names. Returns who stands for each name: the block, or one that did."""
+    def publish(self, blocks: Blocks, names: bytes) -> Blocks:
+        """Make open blocks full under these names. Returns who stands for each name: the block, or one that did."""
         kept = self.index.publish(blocks, names)
         self.pool.seal(blocks[kept == blocks])
         return kept

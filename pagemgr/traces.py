@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InvalidInput
+from .ids import TokenArray
 from .plan import Ints
-from .prefix import TokenArray
 
 MOONCAKE_BLOCK = 512
 AGENTIC_BLOCK = 64

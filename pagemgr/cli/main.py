@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "Generate text with a model whose K/V cache is pagemgr's.",
     "replay": "Replay a trace of requests and see what the cache makes of it.",
     "config": "Show, describe or check the settings.",
+    "build": "Compile the kernels for this machine before their first use.",
     "doctor": "What can run on this machine, and what to do about the rest.",
 }
 """Name → summary. ``pagemgr.cli.<name>.command`` is imported only when it runs: the list must not wait for torch."""

@@ -14,11 +14,12 @@ import pytest
 # Bottom to top: a unit (a module, or a whole folder) imports only from rows below its own.
 LAYERS = (
     ("errors",),
-    ("layout", "eviction", "stats", "sources"),
+    ("layout", "eviction", "stats", "sources", "ids"),
+    ("native",),
     ("plan", "pool", "prefix", "config"),
     ("sequences", "tier"),
     ("steps", "swapping"),
-    ("checks",),
+    ("checks", "accelerator"),
     ("manager",),  # everything up to here loads no torch
     ("batch",),
     ("backends",),
@@ -35,9 +36,10 @@ LAYERS = (
 # Narrower than the rows: these load nothing of pagemgr but this. (Types of a row below may be named by anyone.)
 ONLY = {
     "pool": {"errors", "layout", "eviction"},
-    "prefix": {"errors", "eviction"},
+    "prefix": {"errors", "eviction", "ids"},
     "batch": {"errors", "plan"},
-    "backends": {"errors", "layout", "batch"},
+    "native": {"errors"},
+    "backends": {"errors", "layout", "batch", "native"},
     "storage": {"errors", "layout", "plan", "pool", "backends"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
