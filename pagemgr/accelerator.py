@@ -21,7 +21,7 @@ from .eviction import Blocks
 from .ids import TokenArray
 from .native.build import SOURCES, build, recipe
 from .plan import Ints, Plan
-from .pool import BlockState, Fence
+from .pool import Fence
 from .prefix import DIGEST_BYTES, PrefixIndex
 from .sequences import Batch, SequenceTable
 from .steps import share_duplicates
@@ -144,7 +144,7 @@ class Accelerator:
         native.num_seqs, native.step = len(rows), step
         if not self._lib.pagemgr_manager_measure(self._manager, native):
             return None
-        new, free = native.num_new_blocks, pool.counts[BlockState.free]
+        new, free = native.num_new_blocks, pool.num_free
         if new > free:
             return None
         starts, previous = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -207,7 +207,7 @@ class Accelerator:
             buffer("int64_t[]", rows),
             buffer("int64_t[]", batch.generations),
             len(rows),
-            pool.counts[BlockState.free],
+            pool.num_free,
             buffer("int32_t[]", cached),
             released,
         )

@@ -11,9 +11,8 @@ seeds: the same calls give the same block ids on every rank (a fence must answer
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +42,35 @@ class _StepFence:
 
     def query(self) -> bool:
         return self.oldest_in_flight() > self.step
+
+
+class _Verb:
+    """Runs a verb under the lock, once the blocks whose fences have passed are collected, and counts its refusal."""
+
+    def __init__(self, lock: threading.RLock, tiers: tuple[Tier, ...], counters: Counters) -> None:
+        self._lock, self._tiers, self._counters = lock, tiers, counters
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            for tier in self._tiers:
+                tier.pool.poll()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        reason = _REFUSALS.get(kind) if kind is not None else None
+        if reason is not None:
+            self._counters.failures[reason] += 1
+        self._lock.release()
+
+
+_REFUSALS: dict[type[BaseException], str] = {
+    OutOfBlocks: "out_of_blocks",
+    OutOfSequences: "out_of_sequences",
+    SequenceTooLong: "sequence_too_long",
+}
 
 
 class BlockManager:
@@ -96,6 +124,7 @@ class BlockManager:
         self._moving: list[Transfer] = []
         self._next_step = 1
         self._lock = threading.RLock()
+        self._verb = _Verb(self._lock, self.tiers, self.counters)
 
     # Sequences ------------------------------------------------------------------------------------------------------
 
@@ -121,7 +150,7 @@ class BlockManager:
         if self.prefix_caching:
             hasher = self.tiers[DEVICE].index.hash
             names = [hasher(root, ids) for root, ids in zip(roots, packed, strict=True)]
-        with self._verb():
+        with self._verb:
             self._require_length(max((len(ids) for ids in packed), default=0))
             self.table.require(len(packed))
             return [self._add(root, Prompt(ids, chain)) for root, ids, chain in zip(roots, packed, names, strict=True)]
@@ -133,7 +162,7 @@ class BlockManager:
         """
         if n < 1:
             raise InvalidInput(f"n must be at least 1, got {n}")
-        with self._verb():
+        with self._verb:
             rows = self.table.rows([sequence])
             self.table.require_idle(rows, "fork")
             self.table.require(n)
@@ -148,7 +177,7 @@ class BlockManager:
 
         Raises ``SequenceBusy`` while steps are in flight, ``InvalidInput`` for a length beyond what is computed.
         """
-        with self._verb():
+        with self._verb:
             rows = self.table.rows(sequences)
             self.table.require_idle(rows, "truncate")
             target = pack_tokens(lengths).astype(np.int64)
@@ -172,7 +201,7 @@ class BlockManager:
         ``SequenceBusy`` while a sequence is moving between tiers.
         """
         batch = sequences if isinstance(sequences, Batch) else Batch(sequences)
-        with self._verb():
+        with self._verb:
             fences = self._fences(after)
             if self._accelerator is not None and not fences and self._accelerator.free(batch):
                 return
@@ -197,7 +226,7 @@ class BlockManager:
         ``StaleSequence``, ``InvalidInput``.
         """
         batch = sequences if isinstance(sequences, Batch) else Batch(sequences)
-        with self._verb():
+        with self._verb:
             counts, ids = pack_batch(tokens, len(batch), self.max_seq_len)
             step = self._next_step
             plan = None
@@ -217,7 +246,7 @@ class BlockManager:
         ``reserve``) its tokens are computed but never committed, and what follows them cannot be matched either.
         Raises ``StepOrderError`` unless this is the oldest step in flight, ``InvalidInput``.
         """
-        with self._verb():
+        with self._verb:
             if self._in_flight.get(plan.step) is not plan or plan.step != self._oldest_in_flight():
                 raise StepOrderError(
                     f"step {plan.step} cannot commit: in flight are {list(self._in_flight)}, oldest first"
@@ -241,7 +270,7 @@ class BlockManager:
         What it evicted from the prefix cache stays evicted. Raises ``StepOrderError`` if it is not in flight, or if a
         later step of one of its sequences still is.
         """
-        with self._verb():
+        with self._verb:
             alive = alive_in(plan, self.table)
             newest = self.table.last_step[plan.rows[alive]] == plan.step
             if self._in_flight.get(plan.step) is not plan or not newest.all():
@@ -270,7 +299,7 @@ class BlockManager:
 
     def finish(self, transfer: Transfer, after: Fence | None = None) -> None:
         """The bytes were copied, or will be by the time ``after`` passes: the sequences are in the other tier now."""
-        with self._verb():
+        with self._verb:
             fences = self._fences(after)
             self._end_transfer(transfer)
             swapping.finish(transfer, self.tiers, self.table, fences)
@@ -280,7 +309,7 @@ class BlockManager:
 
     def cancel(self, transfer: Transfer) -> None:
         """The copy failed: the sequences stay where they were."""
-        with self._verb():
+        with self._verb:
             self._end_transfer(transfer)
             swapping.cancel(transfer, self.tiers, self.table)
             self.counters.swap_failures["out" if transfer.target == "host" else "in"] += 1
@@ -289,7 +318,7 @@ class BlockManager:
 
     def stats(self) -> Stats:
         """One consistent snapshot."""
-        with self._verb():
+        with self._verb:
             return checks.snapshot(self.tiers, self.table, self._moving, self.counters, len(self._in_flight))
 
     def check(self) -> None:
@@ -302,24 +331,6 @@ class BlockManager:
                 raise
 
     # Inside ---------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _verb(self) -> Iterator[None]:
-        """Under the lock, with passed fences collected, and refusals counted."""
-        with self._lock:
-            try:
-                for tier in self.tiers:
-                    tier.pool.poll()
-                yield
-            except OutOfBlocks:
-                self.counters.failures["out_of_blocks"] += 1
-                raise
-            except OutOfSequences:
-                self.counters.failures["out_of_sequences"] += 1
-                raise
-            except SequenceTooLong:
-                self.counters.failures["sequence_too_long"] += 1
-                raise
 
     def _oldest_in_flight(self) -> int:
         return next(iter(self._in_flight), self._next_step)
@@ -369,7 +380,7 @@ class BlockManager:
         return plan
 
     def _begin_transfer(self, sequences: SequenceOf[Sequence], source: int, target: int) -> Transfer:
-        with self._verb():
+        with self._verb:
             rows = self.table.rows(sequences)
             if len(self.tiers) <= HOST:
                 raise InvalidInput("there is no host tier to swap with: set pool.host_blocks or pool.host_size")

@@ -44,6 +44,7 @@ class BlockState(IntEnum):
 
 
 _STATES = len(BlockState)
+NULL, FREE, OPEN, FULL, CACHED, FENCED = map(int, BlockState)  # numpy compares plain integers faster
 Ints = npt.NDArray[np.int64]
 
 
@@ -64,13 +65,13 @@ class BlockPool:
         self.tier = tier
         self.policy = policy
         self.refs = np.zeros(num_blocks, dtype=np.int32)
-        self.state = np.full(num_blocks, BlockState.free, dtype=np.uint8)
-        self.state[NULL_BLOCK] = BlockState.null
+        self.state = np.full(num_blocks, FREE, dtype=np.uint8)
+        self.state[NULL_BLOCK] = NULL
         self.published = np.zeros(num_blocks, dtype=np.bool_)
         self.pending = np.zeros(num_blocks, dtype=np.int32)  # fences that each block still waits for
         self.counts = [0] * len(BlockState)
-        self.counts[BlockState.null] = 1
-        self.counts[BlockState.free] = num_blocks - 1
+        self.counts[NULL] = 1
+        self.counts[FREE] = num_blocks - 1
         # A stack of blanks: the last released is the first reused, while its cache lines are warm.
         self.stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._fences: list[tuple[tuple[Fence, ...], Blocks]] = []
@@ -79,42 +80,47 @@ class BlockPool:
         self.num_evicted = 0
 
     @property
+    def num_free(self) -> int:
+        """Blanks on the stack."""
+        return self.counts[FREE]
+
+    @property
     def available(self) -> int:
         """Blocks that ``peek`` can give: free plus cached."""
-        return self.counts[BlockState.free] + self.counts[BlockState.cached]
+        return self.counts[FREE] + self.counts[CACHED]
 
     def peek(self, count: int, sparing: Blocks = _NO_BLOCKS) -> Blocks:
         """The next ``count`` blocks that ``take`` would give: blanks first, then the policy's victims. Pure.
 
         Cached blocks in ``sparing`` are passed over: the caller is about to acquire them. Raises ``OutOfBlocks``.
         """
-        spared = sparing[self.state[sparing] == BlockState.cached]
+        spared = sparing[self.state[sparing] == CACHED]
         if count + len(spared) > self.available:
-            fenced = self.counts[BlockState.fenced]
+            fenced = self.counts[FENCED]
             raise OutOfBlocks(count, self.available - len(spared), fenced, self.tier)
-        free = self.counts[BlockState.free]
+        free = self.counts[FREE]
         blanks = self.stack[max(free - count, 0) : free][::-1]
         if len(blanks) == count:
             return blanks.copy()
         victims = self.policy.victims(count - len(blanks) + len(spared))
         if len(spared):
             victims = victims[~np.isin(victims, spared)][: count - len(blanks)]
-        if len(victims) != count - len(blanks) or (self.state[victims] != BlockState.cached).any():
+        if len(victims) != count - len(blanks) or (self.state[victims] != CACHED).any():
             raise InternalError(f"{type(self.policy).__name__} offered blocks that cannot be evicted")
         return np.concatenate([blanks, victims])
 
     def take(self, blocks: Blocks) -> Blocks:
         """Give out what ``peek`` just returned: open, one reference each. Returns those that were evicted."""
-        blanks = min(len(blocks), self.counts[BlockState.free])
+        blanks = min(len(blocks), self.counts[FREE])
         evicted = blocks[blanks:]
-        self.counts[BlockState.free] -= blanks
-        self.counts[BlockState.cached] -= len(evicted)
-        self.counts[BlockState.open] += len(blocks)
+        self.counts[FREE] -= blanks
+        self.counts[CACHED] -= len(evicted)
+        self.counts[OPEN] += len(blocks)
         if len(evicted):
             self.policy.remove(evicted)
             self.published[evicted] = False
         self.refs[blocks] = 1
-        self.state[blocks] = BlockState.open
+        self.state[blocks] = OPEN
         self.num_allocated += len(blocks)
         self.num_evicted += len(evicted)
         return evicted
@@ -122,13 +128,13 @@ class BlockPool:
     def acquire(self, blocks: Blocks, times: Ints | int = 1) -> None:
         """Add references to distinct blocks, ``times`` to each. Refuses blocks that hold nothing."""
         states = self.state[blocks]
-        if (states <= BlockState.free).any():
-            nothing = blocks[states <= BlockState.free][:8].tolist()
+        if (states <= FREE).any():
+            nothing = blocks[states <= FREE][:8].tolist()
             raise InternalError(f"reference to {self.tier} blocks that hold nothing: {nothing}")
-        idle = states >= BlockState.cached
+        idle = states >= CACHED
         if idle.any():
-            self.policy.remove(blocks[states == BlockState.cached])
-            back = np.where(self.published[blocks[idle]], BlockState.full, BlockState.open)
+            self.policy.remove(blocks[states == CACHED])
+            back = np.where(self.published[blocks[idle]], FULL, OPEN)
             self._recount(blocks[idle], states[idle], back)
         self.refs[blocks] += times
 
@@ -149,27 +155,27 @@ class BlockPool:
         self.num_released += len(idle)
         waits = self.pending[idle] > 0
         if waits.any():
-            self._recount(idle[waits], self.state[idle[waits]], BlockState.fenced)
+            self._recount(idle[waits], self.state[idle[waits]], FENCED)
             idle = idle[~waits]
         self._settle(idle)
 
     def count_taken(self, blanks: int) -> None:
         """The compiled loops took this many blanks off the stack and opened them."""
-        self.counts[BlockState.free] -= blanks
-        self.counts[BlockState.open] += blanks
+        self.counts[FREE] -= blanks
+        self.counts[OPEN] += blanks
         self.num_allocated += blanks
 
     def count_sealed(self, blocks: int) -> None:
         """The compiled loops made this many open blocks full."""
-        self.counts[BlockState.open] -= blocks
-        self.counts[BlockState.full] += blocks
+        self.counts[OPEN] -= blocks
+        self.counts[FULL] += blocks
 
     def count_released(self, blanks: int, cached: Blocks) -> None:
         """The compiled loops pushed this many open blocks on the stack, and these full ones became cached."""
-        self.counts[BlockState.open] -= blanks
-        self.counts[BlockState.free] += blanks
-        self.counts[BlockState.full] -= len(cached)
-        self.counts[BlockState.cached] += len(cached)
+        self.counts[OPEN] -= blanks
+        self.counts[FREE] += blanks
+        self.counts[FULL] -= len(cached)
+        self.counts[CACHED] += len(cached)
         self.num_released += blanks + len(cached)
         self.policy.insert(cached)
 
@@ -180,10 +186,10 @@ class BlockPool:
 
     def seal(self, blocks: Blocks) -> None:
         """Open blocks become full: immutable, published under a hash."""
-        if (self.state[blocks] != BlockState.open).any():
+        if (self.state[blocks] != OPEN).any():
             raise InternalError(f"only open blocks can be sealed, not {blocks[:8].tolist()}")
         self.published[blocks] = True
-        self.state[blocks] = BlockState.full
+        self.state[blocks] = FULL
         self.count_sealed(len(blocks))
 
     def poll(self) -> None:
@@ -196,44 +202,42 @@ class BlockPool:
         for (_, blocks), done in zip(batches, passed, strict=True):
             if done:
                 self.pending[blocks] -= 1
-                self._settle(blocks[(self.pending[blocks] == 0) & (self.state[blocks] == BlockState.fenced)])
+                self._settle(blocks[(self.pending[blocks] == 0) & (self.state[blocks] == FENCED)])
 
     def writable(self, blocks: Blocks) -> npt.NDArray[np.bool_]:
         """Which of these their one owner may write in place: nobody else holds or may still read them."""
-        return np.asarray(
-            (self.state[blocks] == BlockState.open) & (self.refs[blocks] == 1) & (self.pending[blocks] == 0)
-        )
+        return np.asarray((self.state[blocks] == OPEN) & (self.refs[blocks] == 1) & (self.pending[blocks] == 0))
 
     def check(self, references: npt.NDArray[np.int64]) -> None:
         """Raise ``InternalError`` unless every invariant holds; ``references[b]`` counts the table entries naming b."""
         states = self.state
         counted = np.bincount(states, minlength=len(BlockState)).tolist()
-        owned = (states == BlockState.open) | (states == BlockState.full)
-        free = np.sort(self.stack[: self.counts[BlockState.free]])
-        cached = self.policy.victims(self.counts[BlockState.cached])
+        owned = (states == OPEN) | (states == FULL)
+        free = np.sort(self.stack[: self.counts[FREE]])
+        cached = self.policy.victims(self.counts[CACHED])
         fenced = [blocks for _, blocks in self._fences]
         pending = np.bincount(np.concatenate(fenced), minlength=self.num_blocks) if fenced else np.zeros_like(states)
         laws: Sequence[tuple[str, bool]] = (
             ("counts by state", counted == self.counts),
             ("conservation", sum(self.counts) == self.num_blocks),
-            ("the null block is nobody's", states[NULL_BLOCK] == BlockState.null and counted[BlockState.null] == 1),
+            ("the null block is nobody's", states[NULL_BLOCK] == NULL and counted[NULL] == 1),
             ("references equal table entries", bool((self.refs == references).all())),
             ("references exactly in open and full", bool(((self.refs > 0) == owned).all())),
-            ("the free stack holds the free blocks", np.array_equal(free, np.flatnonzero(states == BlockState.free))),
+            ("the free stack holds the free blocks", np.array_equal(free, np.flatnonzero(states == FREE))),
             (
                 "the policy holds the cached blocks",
-                np.array_equal(np.sort(cached), np.flatnonzero(states == BlockState.cached)),
+                np.array_equal(np.sort(cached), np.flatnonzero(states == CACHED)),
             ),
             (
                 "full and cached are published",
-                bool(self.published[(states == BlockState.full) | (states == BlockState.cached)].all()),
+                bool(self.published[(states == FULL) | (states == CACHED)].all()),
             ),
             (
                 "free and open are not",
-                not self.published[(states == BlockState.free) | (states == BlockState.open)].any(),
+                not self.published[(states == FREE) | (states == OPEN)].any(),
             ),
             ("pending counts fences", bool((pending == self.pending).all())),
-            ("fenced blocks wait for a fence", bool((self.pending[states == BlockState.fenced] > 0).all())),
+            ("fenced blocks wait for a fence", bool((self.pending[states == FENCED] > 0).all())),
         )
         for law, holds in laws:
             if not holds:
@@ -244,20 +248,20 @@ class BlockPool:
         published = self.published[idle]
         if published.any():
             cached = idle[published]
-            self._recount(cached, self.state[cached], BlockState.cached)
+            self._recount(cached, self.state[cached], CACHED)
             self.policy.insert(cached)
             idle = idle[~published]
         if len(idle):
-            start = self.counts[BlockState.free]
-            self._recount(idle, self.state[idle], BlockState.free)
+            start = self.counts[FREE]
+            self._recount(idle, self.state[idle], FREE)
             self.stack[start : start + len(idle)] = idle
 
-    def _recount(self, blocks: Blocks, old: npt.NDArray[np.uint8], new: BlockState | npt.NDArray[np.int64]) -> None:
+    def _recount(self, blocks: Blocks, old: npt.NDArray[np.uint8], new: int | npt.NDArray[np.int64]) -> None:
         """Set states and keep the counts true."""
         self.state[blocks] = new
         gone = np.bincount(old, minlength=_STATES).tolist()
         come = [0] * _STATES
-        if isinstance(new, BlockState):
+        if isinstance(new, int):
             come[new] = len(blocks)
         else:
             come = np.bincount(new, minlength=_STATES).tolist()
@@ -266,6 +270,8 @@ class BlockPool:
 
 def tally(blocks: Blocks) -> tuple[Blocks, Ints]:
     """The distinct blocks of a list, ordered by where each is named last, and how often each is named."""
+    if len(blocks) == 1:
+        return blocks, np.ones(1, dtype=np.int64)
     distinct, from_end, mentions = np.unique(blocks[::-1], return_index=True, return_counts=True)
     order = np.argsort(-from_end)
     return distinct[order], mentions[order]

@@ -147,12 +147,12 @@ def share_duplicates(
     """
     twice = kept != own
     if twice.any():
-        tier.share(*tally(kept[twice]))
-        _, first = np.unique(rows, return_index=True)
-        group = np.searchsorted(np.sort(first), np.arange(len(rows)), side="right")
-        leaf_first = np.lexsort((-columns, group))
-        tier.pool.release(own[leaf_first][twice[leaf_first]], 1, fences)
+        rows, columns, own, kept = rows[twice], columns[twice], own[twice], kept[twice]
+        tier.share(*tally(kept))
         table.blocks[rows, columns] = kept
+        starts = np.flatnonzero(np.diff(rows, prepend=-1))
+        leaf_first = np.concatenate([part[::-1] for part in np.split(own, starts[1:])])
+        tier.pool.release(leaf_first, 1, fences)
 
 
 def _compare_prompt(table: SequenceTable, row: int, ids: TokenArray, before: int) -> None:
