@@ -200,7 +200,7 @@ class Accelerator:
         if pool.has_fences:
             return False
         rows = batch.rows
-        cached = np.empty(int(table.num_blocks[rows].sum()), dtype=np.int32)
+        cached = np.empty(int(table.num_blocks.take(rows, mode="clip").sum()), dtype=np.int32)
         released = self._ffi.new("int64_t[2]")
         found = self._lib.pagemgr_manager_free(
             self._manager,

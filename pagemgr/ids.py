@@ -35,7 +35,7 @@ def pack_tokens(tokens: Iterable[int] | npt.ArrayLike) -> TokenArray:
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > np.iinfo(np.int32).max:
         raise InvalidInput(f"token ids must be in [0, 2**31), got {low if low < 0 else high}")
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return np.array(array, dtype=np.int32)  # a copy: the caller may reuse its buffer
 
 
 def pack_batch(tokens: BatchTokens, num_seqs: int, limit: int) -> tuple[npt.NDArray[np.int64], TokenArray]:

@@ -96,6 +96,10 @@ class BlockManager:
     ) -> None:
         if block_size < 1 or max_sequences < 1:
             raise InvalidInput(f"block_size={block_size} and max_sequences={max_sequences} must be at least 1")
+        if num_blocks < 2 or not (num_host_blocks == 0 or num_host_blocks >= 2):
+            raise InvalidInput(
+                f"{num_blocks=} must be at least 2, one being the null block, {num_host_blocks=} 0 or so"
+            )
         most = (num_blocks - 1) * block_size
         self.max_seq_len = most if max_seq_len is None else max_seq_len
         if not 1 <= self.max_seq_len <= most:

@@ -21,7 +21,7 @@ class Copies:
     pairs: npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """One step: what was reserved for a batch of sequences. Execute ``copies`` before anything is written.
 
@@ -61,7 +61,7 @@ class Plan:
         return (self.starts + self.counts).astype(np.int32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
     """A move of whole sequences between tiers: begun, and to be finished or cancelled once the bytes were copied."""
 
