@@ -11,7 +11,6 @@ seeds: the same calls give the same block ids on every rank (a fence must answer
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -35,13 +34,13 @@ DEVICE, HOST = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class _StepFence:
-    """Passes when a step and all before it have ended."""
+    """Passes when the step has ended."""
 
     step: int
-    oldest_in_flight: Callable[[], int]
+    in_flight: dict[int, Plan]
 
     def query(self) -> bool:
-        return self.oldest_in_flight() > self.step
+        return self.step not in self.in_flight
 
 
 class _Verb:
@@ -343,9 +342,7 @@ class BlockManager:
         if after is not None and not callable(getattr(after, "query", None)):
             raise InvalidInput(f"a fence needs a query() method, such as torch.cuda.Event has, got {after!r:.80}")
         fences: tuple[Fence, ...] = () if after is None else (after,)
-        if self._in_flight:
-            fences += (_StepFence(next(reversed(self._in_flight)), self._oldest_in_flight),)
-        return fences
+        return fences + tuple(_StepFence(step, self._in_flight) for step in self._in_flight)
 
     def _require_length(self, length: int) -> None:
         if length > self.max_seq_len:
@@ -380,7 +377,7 @@ class BlockManager:
         self.table.require_still(rows, "reserve for")
         self._require_length(int((self.table.reserved[rows] + counts).max(initial=0)))
         plan = plan_step(step, self.tiers[DEVICE], self.table, rows, batch.generations, counts, ids)
-        apply_step(plan, self.tiers[DEVICE], self.table, _StepFence(step, self._oldest_in_flight))
+        apply_step(plan, self.tiers[DEVICE], self.table, _StepFence(step, self._in_flight))
         return plan
 
     def _begin_transfer(self, sequences: SequenceOf[Sequence], source: int, target: int) -> Transfer:

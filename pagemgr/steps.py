@@ -72,7 +72,8 @@ def apply_step(plan: Plan, tier: Tier, table: SequenceTable, fence: Fence) -> No
         # A tail that stays with a sequence of this step needs no fence: it cannot change hands before the step ends.
         kept = np.isin(tails, plan.block_table[np.arange(len(rows)), plan.starts // size])
         tier.pool.release(*tally(tails[kept]))
-        tier.pool.release(*tally(tails[~kept]), (fence,))
+        if not kept.all():
+            tier.pool.release(*tally(tails[~kept]), (fence,))
     table.reserved[rows] = plan.starts + plan.counts
     table.num_blocks[rows] = have + growth
     table.last_step[rows] = plan.step
