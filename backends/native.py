@@ -185,27 +185,11 @@ class NativeBackend:
         """See ``Backend.attention``."""
         check_attention(self, query, kv, batch, params, out, lse)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        library = self.library
-        args = library.ffi.new("pagemgr_attention_args *")
-        self._set_run(args.run, query.device)
-        self._set_kv(args.kv, kv)
-        args.query, args.out = library.pointer(query), library.pointer(out)
-        args.block_table, args.table_stride = library.pointer(batch.block_table), batch.block_table.stride(0)
-        args.seq_lens, args.query_start = library.pointer(batch.seq_lens), library.pointer(batch.query_start)
-        for name, tensor in (("lse", lse), ("alibi_slopes", params.alibi_slopes), ("sinks", params.sinks)):
-            if tensor is not None:
-                setattr(args, name, library.pointer(tensor))
-        args.query_token_stride, args.query_head_stride, _ = query.stride()
-        args.num_tokens, args.num_q_heads, head_dim = query.shape
-        args.num_seqs = batch.seq_lens.shape[0]
-        args.max_query_len, args.max_seq_len = batch.max_query_len, batch.max_seq_len
-        args.causal, args.window = params.causal, min(params.window or 0, _INT32_MAX)
-        args.scale = head_dim**-0.5 if params.scale is None else params.scale
-        args.softcap = params.softcap or 0.0
-        size = library.ffi.new("int64_t *")
-        library.call("attention_workspace", args, size)
-        args.workspace_bytes = size[0]
-        workspace = torch.empty(size[0], dtype=torch.uint8, device=query.device)
+        library, args = self.library, self._attention_args(query, kv, batch, params)
+        args.out = library.pointer(out)
+        if lse is not None:
+            args.lse = library.pointer(lse)
+        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=query.device)
         args.workspace = library.pointer(workspace)
         library.call("attention", args)
         return out
@@ -240,6 +224,30 @@ class NativeBackend:
         args.num_rows, args.head_dim, args.dtype = lse.numel(), out.shape[2], self._dtype(out)
         library.call("merge", args)
         return out, lse
+
+    def _attention_args(self, query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams) -> Any:
+        """All but the memory that is written: ``out``, ``lse`` and ``workspace``, whose size is there."""
+        library = self.library
+        args = library.ffi.new("pagemgr_attention_args *")
+        self._set_run(args.run, query.device)
+        self._set_kv(args.kv, kv)
+        args.query = library.pointer(query)
+        args.block_table, args.table_stride = library.pointer(batch.block_table), batch.block_table.stride(0)
+        args.seq_lens, args.query_start = library.pointer(batch.seq_lens), library.pointer(batch.query_start)
+        for name, tensor in (("alibi_slopes", params.alibi_slopes), ("sinks", params.sinks)):
+            if tensor is not None:
+                setattr(args, name, library.pointer(tensor))
+        args.query_token_stride, args.query_head_stride, _ = query.stride()
+        args.num_tokens, args.num_q_heads, head_dim = query.shape
+        args.num_seqs = batch.seq_lens.shape[0]
+        args.max_query_len, args.max_seq_len = batch.max_query_len, batch.max_seq_len
+        args.causal, args.window = params.causal, min(params.window or 0, _INT32_MAX)
+        args.scale = head_dim**-0.5 if params.scale is None else params.scale
+        args.softcap = params.softcap or 0.0
+        size = library.ffi.new("int64_t *")
+        library.call("attention_workspace", args, size)
+        args.workspace_bytes = size[0]
+        return args
 
     def _set_run(self, run: Any, device: torch.device) -> None:
         run.num_threads = torch.get_num_threads()

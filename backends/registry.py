@@ -6,12 +6,14 @@ Built-in backends stand in one table, so that a bare checkout has them; a third 
     [project.entry-points."pagemgr.backends"]
     mine = "my_package.backend:MyBackend"
 
-A plugin that cannot be loaded is reported by ``availability`` and disturbs nobody else.
+A plugin that cannot be loaded is reported by ``availability`` and disturbs nobody else. A name that is a path, such as
+``./libmine.so``, is a compiled library that implements ``native/pagemgr_abi.h``.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
@@ -26,7 +28,11 @@ from .interface import Backend, Feature
 AUTO = "auto"
 GROUP = "pagemgr.backends"
 
-BUILT_IN = (EntryPoint("torch", "pagemgr.backends.reference:TorchBackend", GROUP),)
+BUILT_IN = (
+    EntryPoint("triton", "pagemgr.backends.triton.backend:TritonBackend", GROUP),
+    EntryPoint("cpu", "pagemgr.backends.cpu:CpuBackend", GROUP),
+    EntryPoint("torch", "pagemgr.backends.reference:TorchBackend", GROUP),
+)
 """Best first, which is the order in which ``"auto"`` tries them: cuda, triton, cpu, and torch last."""
 
 _log = logging.getLogger(GROUP)
@@ -57,20 +63,39 @@ def create(
     group_size: int,
     device: torch.device | str,
     needs: frozenset[Feature] = frozenset(),
+    cache_dir: str | None = None,
 ) -> Backend:
     """The backend of that name, able to serve a pool of this layout on this device with the features in ``needs``.
 
     ``group_size`` is query heads per K/V head. ``"auto"`` takes the first of ``BUILT_IN`` that can do it, and logs why
-    the ones before it cannot; a third party's backend is taken only by name.
+    the ones before it cannot; a third party's backend is taken only by name. A compiled one is built on first use, and
+    kept in ``cache_dir`` (the setting ``native.cache_dir``, by default that of ``pagemgr.native.build``).
 
     Raises ``BackendUnavailable`` (unknown, broken, or not for this machine) or ``UnsupportedFeature``.
     """
     if name == AUTO:
-        return _best(layout, group_size, device, needs)
+        return _best(layout, group_size, device, needs, cache_dir)
+    backend = _open_library(name) if _is_path(name) else _make(_known_as(name), cache_dir)
+    require(backend, layout, group_size, device, needs)
+    return backend
+
+
+def _is_path(name: str) -> bool:
+    return os.sep in name or name.endswith(".so")
+
+
+def _open_library(path: str) -> Backend:
+    from .native import NativeBackend  # what a bare checkout runs on must not need cffi
+
+    return NativeBackend.at(path)()
+
+
+def _known_as(name: str) -> EntryPoint:
     known = _known()
     if name not in known:
-        raise BackendUnavailable(name, f"no backend has this name; known are {', '.join((AUTO, *known))}")
-    return _make(known[name], layout, group_size, device, needs)
+        reason = f"no backend has this name; known are {', '.join((AUTO, *known))}, or give the path of a library"
+        raise BackendUnavailable(name, reason)
+    return known[name]
 
 
 def _known() -> dict[str, EntryPoint]:
@@ -101,25 +126,29 @@ def _load(entry: EntryPoint) -> type[Backend]:
     return backend_class
 
 
-def _make(
-    entry: EntryPoint, layout: BlockLayout, group_size: int, device: torch.device | str, needs: frozenset[Feature]
-) -> Backend:
+def _make(entry: EntryPoint, cache_dir: str | None) -> Backend:
     backend_class = _load(entry)
+    if cache_dir is not None and hasattr(backend_class, "cached_in"):  # it is built, see native.BuiltBackend
+        backend_class = backend_class.cached_in(cache_dir)
     try:
         backend = backend_class()
+    except BackendUnavailable:
+        raise
     except Exception as error:
         raise BackendUnavailable(entry.name, f"{entry.value} cannot be constructed: {_describe(error)}") from error
     if not isinstance(backend, Backend):
         raise BackendUnavailable(entry.name, f"{entry.value} lacks methods of pagemgr.backends.Backend")
-    require(backend, layout, group_size, device, needs)
     return backend
 
 
-def _best(layout: BlockLayout, group_size: int, device: torch.device | str, needs: frozenset[Feature]) -> Backend:
+def _best(
+    layout: BlockLayout, group_size: int, device: torch.device | str, needs: frozenset[Feature], cache_dir: str | None
+) -> Backend:
     passed_over: list[str] = []
     for entry in BUILT_IN:
         try:
-            backend = _make(entry, layout, group_size, device, needs)
+            backend = _make(entry, cache_dir)
+            require(backend, layout, group_size, device, needs)
         except BackendUnavailable as error:
             passed_over.append(f"{entry.name} cannot run here: {error.reason}")
         except UnsupportedFeature as error:

@@ -9,6 +9,7 @@ want the same library wait for the one that builds it, by a lock that its death 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -50,8 +51,10 @@ CPU_VARIANTS: dict[str, tuple[str, ...]] = {
     "portable": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "amx": ("-march=sapphirerapids",),
 }
-"""The kernels are compiled once for each; the library picks the best that the processor has when it is loaded."""
+"""The kernels are compiled once for each that the compiler knows, which is none but the first on another architecture;
+the library picks the best that the processor has when it is loaded."""
 
 CUDA_FLAGS = (
     *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"),
@@ -116,7 +119,7 @@ def cpu_recipe(variants: Sequence[str] | None = None, extra_flags: Sequence[str]
     """The CPU library, for all variants that this machine's architecture knows unless told otherwise."""
     compiler = _cpp_compiler("cpu")
     if variants is None:
-        variants = tuple(CPU_VARIANTS) if platform.machine() in {"x86_64", "AMD64"} else ("portable",)
+        variants = [name for name, machine in CPU_VARIANTS.items() if _accepts(compiler, machine)]
     flags = (*CPU_FLAGS, *extra_flags)
     units = [(path, (*flags, *(f"-DPAGEMGR_HAS_{name}" for name in variants))) for path in _sources("cpu", "*.cpp")]
     for variant in variants:
@@ -197,6 +200,12 @@ def _run(target: str, command: Sequence[str]) -> None:
 def _version(compiler: str) -> str:
     done = subprocess.run((compiler, "--version"), capture_output=True, check=False)
     return compiler + done.stdout.decode(errors="replace")
+
+
+@functools.cache
+def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
+    command = (compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull)
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @contextmanager

@@ -71,8 +71,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch):
 
     def install(built_in: bool = False, **targets: str) -> None:
         entries = tuple(EntryPoint(name, target, registry.GROUP) for name, target in targets.items())
-        if built_in:
-            monkeypatch.setattr(registry, "BUILT_IN", (*entries, TORCH))
+        monkeypatch.setattr(registry, "BUILT_IN", (*entries, TORCH) if built_in else (TORCH,))
         monkeypatch.setattr(registry, "entry_points", lambda group: () if built_in else entries)
 
     return install

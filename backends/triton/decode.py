@@ -1,0 +1,300 @@
+"""Attention of sequences with few new tokens: the keys of the whole batch are cut into equal shares, one a CTA.
+
+The batch is one line of tiles: sequence by sequence, in each K/V head by K/V head, in each tile by tile of its keys. A
+(sequence, head) is an item. CTA ``c`` of ``C`` takes tiles ``[c N / C, (c + 1) N / C)`` of the line, whatever the
+lengths are, so that a ragged batch has no tail; it reads the lengths itself, so that nothing is planned on the host and
+a captured launch serves any lengths. An item that lies in one share is stored at once. Of a cut item every share stores
+a part, and a second kernel joins the parts.
+
+    line   |  seq 0 head 0  |  seq 0 head 1  | seq 1 head 0 | seq 1 head 1 | ...
+    share  |    c = 0    |    c = 1    |    c = 2    |    c = 3    | ...          part 2c: the share's first item,
+                                                                                  part 2c + 1: its last, if another
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from pagemgr.backends.interface import AttentionParams, KVLayer
+from pagemgr.batch import PagedBatch
+
+from .device import chains, multiprocessors, on
+from .launch import Launcher, form
+from .sizes import decode_sizes, power_of_two
+from .tile import add_sink, block_ids, load_rows, normalise, store_nothing, store_rows, walk
+
+JOINED = tl.constexpr(16)
+"""Parts joined in one go."""
+
+
+@triton.jit
+def _sequence(seq, num_seqs, seq_lens, query_start, window, most_new, TILE: tl.constexpr):
+    """Of these sequences: tiles of one head, tokens, first query, queries.
+
+    At least 1 tile if there is a query; none if it is not for us, or past the last sequence.
+    """
+    inside = seq < num_seqs
+    token = tl.load(query_start + seq, mask=inside, other=0)
+    new = tl.load(query_start + seq + 1, mask=inside, other=0) - token
+    length = tl.load(seq_lens + seq, mask=inside, other=0)
+    count = tl.maximum((length + TILE - 1) // TILE - _first_key(length, new, window) // TILE, 1)
+    return tl.where((new > 0) & (new <= most_new), count, 0), length, token, new
+
+
+@triton.jit
+def _first_key(length, new, window):
+    """The first position that the first new token sees."""
+    if window is None:
+        return length * 0
+    else:
+        return tl.maximum(length - new + 1 - window, 0)
+
+
+@triton.jit
+def _views(scratch, ctas, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """What the scratch memory holds.
+
+    parts  float32 [2 * ctas, ROWS, PADDED_DIM], and their log denominators in bits, float32 [2 * ctas, ROWS]
+    cuts   int32 [seqs, kv_heads, 2]: an item's first part, and in how many shares it lies, 0 if in one
+    """
+    part_lse = scratch + ctas * 2 * ROWS * PADDED_DIM
+    return scratch, part_lse, (part_lse + ctas * 2 * ROWS).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _share_start(cta, tiles, ctas):
+    """The first tile of a share."""
+    return cta * (tiles // ctas) + tl.minimum(cta, tiles % ctas)
+
+
+@triton.jit
+def _share_of(tile, tiles, ctas):
+    """The share that a tile is in."""
+    small, longer = tiles // ctas, tiles % ctas
+    boundary = longer * (small + 1)
+    behind = longer + (tile - boundary) // tl.maximum(small, 1)
+    return tl.where(tile < boundary, tile // (small + 1), behind)
+
+
+@triton.jit
+def _locate(cta, ctas, num_seqs, kv_heads, seq_lens, query_start, window, most_new,
+            TILE: tl.constexpr, SEQS: tl.constexpr):  # fmt: skip
+    """Tiles in the line; where this share begins and ends; the sequence it begins in, and one head's tiles before that.
+
+    SEQS lengths are looked at in one go.
+    """
+    tiles = 0
+    for base in range(0, num_seqs, SEQS):
+        seqs = base + tl.arange(0, SEQS)
+        tiles += tl.sum(_sequence(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE)[0])
+    tiles *= kv_heads
+    begin, end = _share_start(cta, tiles, ctas), _share_start(cta + 1, tiles, ctas)
+
+    seq, before, seen = 0, 0, 0
+    for base in range(0, num_seqs, SEQS):
+        seqs = base + tl.arange(0, SEQS)
+        counts = _sequence(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE)[0]
+        ends = seen + tl.cumsum(counts, 0)
+        passed = (ends <= begin // kv_heads) & (seqs < num_seqs)
+        seq += tl.sum(passed.to(tl.int32))
+        before = tl.maximum(before, tl.max(tl.where(passed, ends, 0)))
+        seen += tl.sum(counts)
+    return tiles, begin, end, seq, before
+
+
+@triton.jit
+def _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token, new, head, group, heads,
+           ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
+    """Store a whole item where it belongs, a part of one in the scratch memory."""
+    row = tl.arange(0, ROWS)
+    if whole:
+        if sinks is not None:
+            acc, top, total = add_sink(acc, top, total, tl.load(sinks + head * group + row % group))
+        values, bits = normalise(acc, top, total)
+        store_rows(out, lse, values, bits, token, new, head * group, group, heads, ROWS, DIM, PADDED_DIM)
+    else:
+        part_out, part_lse, _ = _views(scratch, ctas, ROWS, PADDED_DIM)
+        values, bits = normalise(acc, top, total)
+        where = part.to(tl.int64) * ROWS + row
+        used = row < new * group
+        tl.store(part_out + where[:, None] * PADDED_DIM + tl.arange(0, PADDED_DIM)[None, :], values, mask=used[:, None])
+        tl.store(part_lse + where, bits, mask=used)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "window", "most_new", "stride_table"],
+            do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "lse", "slopes", "sinks"],
+            )  # fmt: skip
+def decode_kernel(
+    query, key, value, block_table, seq_lens, query_start, out, lse, scratch, slopes, sinks, scale, softcap, window,
+    num_seqs, kv_heads, group, most_new,
+    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_table,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, CAUSAL: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """One share.
+
+    query, out     [tokens, heads, DIM], query by strides               lse            [tokens, heads] or None
+    key, value     [blocks, kv_heads, BLOCK_SIZE, DIM] by strides       slopes, sinks  [heads] or None
+    block_table    [seqs, width] by stride_table                        scratch        see ``_views``
+    seq_lens       [seqs], query_start [seqs + 1]
+    """
+    cta, ctas = tl.program_id(0), tl.num_programs(0)
+    cuts = _views(scratch, ctas, ROWS, PADDED_DIM)[2]
+    tiles, tile, share_end, seq, before = _locate(
+        cta, ctas, num_seqs, kv_heads, seq_lens, query_start, window, most_new, TILE, SEQS
+    )
+    row = tl.arange(0, ROWS)
+    part = 2 * cta
+    while tile < share_end:
+        count, length, token, new = _sequence(seq, num_seqs, seq_lens, query_start, window, most_new, TILE)
+        if tile >= (before + count) * kv_heads:
+            before += count
+            seq += 1
+        else:
+            head = (tile - before * kv_heads) // count
+            item = before * kv_heads + head * count  # its first tile
+            begin, end = tile - item, tl.minimum(count, share_end - item)
+            first = _first_key(length, new, window)
+            origin = first // TILE
+            blocks = block_table + tl.cast(seq, tl.int64) * stride_table
+            block = block_ids(blocks, (origin + begin) * TILE, length, BLOCK_SIZE, TILE)
+            rows = load_rows(query + head * group * stride_query_head, token, new, group,
+                             stride_query_token, stride_query_head, scale, ROWS, DIM, PADDED_DIM)  # fmt: skip
+            slope = None
+            if slopes is not None:
+                slope = tl.load(slopes + head * group + row % group)
+            acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            shift = head.to(tl.int64) * stride_kv_head
+            acc, top, total = walk(
+                rows, block, acc, top, total, key + shift, value + shift, blocks,
+                (origin + begin) * TILE, (origin + end) * TILE, first, length, length - new + row // group, slope,
+                scale, softcap, window, stride_block, stride_token, BLOCK_SIZE, DIM, TILE, CAUSAL, True,
+            )  # fmt: skip
+
+            whole = (begin == 0) & (end == count)
+            _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token, new, head, group,
+                   kv_heads * group, ROWS, DIM, PADDED_DIM)  # fmt: skip
+            if begin == 0:
+                shares = _share_of(item + count - 1, tiles, ctas) - cta + 1
+                tl.store(cuts + (seq * kv_heads + head) * 2, part)
+                tl.store(cuts + (seq * kv_heads + head) * 2 + 1, tl.where(whole, 0, shares))
+            tile = item + end
+            part = 2 * cta + 1
+    if CHAINED:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["ctas", "num_seqs", "num_tokens", "most_new"],
+            do_not_specialize_on_alignment=["query_start", "sinks", "lse"])  # fmt: skip
+def join_kernel(
+    scratch, query_start, sinks, out, lse, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one sequence under one query head; the program past the last fills the rows past the batch.
+
+    Tensors as in ``decode_kernel``.
+    """
+    part_out, part_lse, cuts = _views(scratch, ctas, ROWS, PADDED_DIM)
+    seq, head = tl.program_id(0), tl.program_id(1)
+    ours = seq < num_seqs
+    token = tl.load(query_start + seq)
+    new = tl.load(query_start + seq + 1, mask=ours, other=0) - token
+    if CHAINED:
+        cuda.gdc_wait()
+    cut = cuts + (seq * kv_heads + head // group) * 2
+    part, shares = tl.load(cut, mask=ours, other=0), tl.load(cut + 1, mask=ours, other=0)
+    if seq == num_seqs:
+        for start in range(token, num_tokens, ROWS):
+            store_nothing(out, lse, start, num_tokens, head, kv_heads * group, ROWS, DIM, PADDED_DIM)
+    elif (new <= most_new) & (shares > 0):
+        for i in range(new):
+            row = i * group + head % group
+            _join_row(part_out, part_lse, sinks, out, lse, part, shares, row, head, token + i,
+                      kv_heads * group, DIM, PADDED_DIM, ROWS)  # fmt: skip
+
+
+@triton.jit
+def _join_row(part_out, part_lse, sinks, out, lse, part, shares, row, head, token, heads,
+              DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    dim = tl.arange(0, PADDED_DIM)
+    acc = tl.zeros([PADDED_DIM], tl.float32)
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    for base in range(0, shares, JOINED):
+        share = base + tl.arange(0, JOINED)
+        parts = tl.where(share == 0, part, (part // 2 + share) * 2)
+        where = parts.to(tl.int64) * ROWS + row
+        bits = tl.load(part_lse + where, mask=share < shares, other=float("-inf"))
+        values = tl.load(part_out + where[:, None] * PADDED_DIM + dim[None, :], mask=(share < shares)[:, None], other=0)
+        new_top = tl.maximum(top, tl.max(bits, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(bits - shift)
+        kept = tl.exp2(top - shift)
+        total = total * kept + tl.sum(weights, 0)
+        acc = acc * kept + tl.sum(values * weights[:, None], 0)
+        top = new_top
+    acc = acc[None, :]
+    if sinks is not None:
+        acc, top, total = add_sink(acc, top, total, tl.load(sinks + head + tl.arange(0, 1)))
+    values, bits = normalise(acc, top, total)
+    store_rows(out, lse, values, bits, token, 1, head, 1, heads, 1, DIM, PADDED_DIM)
+
+
+_decode, _join = Launcher(decode_kernel), Launcher(join_kernel)
+
+
+def count_shares(slots: int, kv_heads: int, most_tiles: int) -> int:
+    """As many as run at once; a few less if then heads, and so all items of a uniform batch, are cut alike or not."""
+    even = slots - slots % kv_heads
+    return max(min(even if 16 * even >= 15 * slots else slots, most_tiles), 1)
+
+
+def decode(
+    query: torch.Tensor,
+    kv: KVLayer,
+    batch: PagedBatch,
+    params: AttentionParams,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    most_new: int,
+) -> None:
+    """Attend the sequences of 1 to ``most_new`` new tokens, and fill the rows past the batch.
+
+    Other arguments as in ``Backend.attention``, checked.
+    """
+    num_tokens, heads, dim = query.shape
+    _, kv_heads, block_size, _ = kv.key.shape
+    device, num_seqs, group, padded_dim = query.device, batch.num_seqs, heads // kv_heads, power_of_two(dim)
+    sizes = decode_sizes(query.dtype, padded_dim, group, most_new, items=num_seqs * kv_heads)
+    most_tiles = num_seqs * kv_heads * -(-max(batch.max_seq_len, 1) // sizes.tile)
+    ctas = count_shares(multiprocessors(device) * sizes.ctas_per_sm, kv_heads, most_tiles)
+    words = 2 * ctas * sizes.rows * (padded_dim + 1) + 2 * num_seqs * kv_heads
+    scratch = torch.empty(words, dtype=torch.float32, device=device)
+    seqs, chained = 32 if num_seqs <= 32 else 256, chains(device)
+    strides = (*query.stride()[:2], *kv.key.stride()[:3])
+    features = tuple(x is None for x in (lse, params.alibi_slopes, params.sinks, params.softcap, params.window))
+    depends = (kv_heads, group, *strides, block_size, dim, sizes, seqs, params.causal, features)
+    key = form(query, kv.key, kv.value, out, depends=depends)
+    with on(device):
+        if num_seqs:
+            _decode(
+                (ctas, 1, 1), key,
+                query, kv.key, kv.value, batch.block_table, batch.seq_lens, batch.query_start, out, lse, scratch,
+                params.alibi_slopes, params.sinks,
+                dim**-0.5 if params.scale is None else float(params.scale),
+                params.softcap and float(params.softcap), params.window,
+                num_seqs, kv_heads, group, most_new, *strides, batch.block_table.stride(0),
+                block_size, dim, padded_dim, sizes.rows, sizes.tile, seqs, params.causal, chained,
+                num_warps=sizes.warps, num_stages=sizes.stages,
+            )  # fmt: skip
+        _join(
+            (num_seqs + 1, heads, 1), key,
+            scratch, batch.query_start, params.sinks, out, lse, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
+            dim, padded_dim, sizes.rows, chained,
+            num_warps=2, **({"launch_pdl": True} if chained else {}),
+        )  # fmt: skip

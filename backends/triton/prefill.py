@@ -1,0 +1,158 @@
+"""Attention of sequences with many new tokens: each CTA takes a tile of query rows and walks all keys they see."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pagemgr.backends.interface import AttentionParams, KVLayer
+from pagemgr.batch import PagedBatch
+
+from .device import on
+from .launch import Launcher, form
+from .sizes import power_of_two, prefill_sizes
+from .tile import add_sink, block_ids, load_rows, normalise, store_nothing, store_rows, walk
+
+
+@triton.jit
+def _find(tile, query_start, num_seqs, TOKENS: tl.constexpr):
+    """The sequence that a tile of tokens belongs to; ``num_seqs`` if it is past all of them.
+
+    Sequence ``i`` owns the tiles from ``query_start[i] // TOKENS + i`` on: one more than it may need, so that the
+    number of tiles depends on the number of tokens and sequences alone.
+    """
+    low, high = 0, num_seqs  # the last sequence that begins at this tile or before
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(query_start + middle) // TOKENS + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def _attend(
+    query, key, value, blocks, out, lse, slopes, sinks, scale, softcap, window,
+    token, offset, new, length, head, group, heads,
+    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """TOKENS queries, from ``offset`` on, of a sequence whose ``new`` begin at ``token``; all of one K/V head."""
+    row = tl.arange(0, ROWS)
+    ours = tl.minimum(new - offset, TOKENS)
+    position = length - new + offset + row // group
+    rows = load_rows(query + head * group * stride_query_head, token + offset, ours, group,
+                     stride_query_token, stride_query_head, scale, ROWS, DIM, PADDED_DIM)  # fmt: skip
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + head * group + row % group)
+    key += head.to(tl.int64) * stride_kv_head
+    value += head.to(tl.int64) * stride_kv_head
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+
+    earliest = length - new + offset  # the position of the first row
+    stop = tl.minimum(length, earliest + ours) if CAUSAL else length
+    first = 0
+    begin = 0
+    if window is not None:
+        first = tl.maximum(earliest + 1 - window, 0)
+        begin = first // TILE * TILE
+    else:
+        full = tl.maximum(tl.minimum(length, earliest + 1), 0) if CAUSAL else length
+        begin = full // TILE * TILE  # every row sees all before
+        block = block_ids(blocks, 0, stop, BLOCK_SIZE, TILE)
+        acc, top, total = walk(
+            rows, block, acc, top, total, key, value, blocks, 0, begin, first, stop, position, slope,
+            scale, softcap, window, stride_block, stride_token, BLOCK_SIZE, DIM, TILE, CAUSAL, False,
+        )  # fmt: skip
+    block = block_ids(blocks, begin, stop, BLOCK_SIZE, TILE)
+    acc, top, total = walk(
+        rows, block, acc, top, total, key, value, blocks, begin, stop, first, stop, position, slope,
+        scale, softcap, window, stride_block, stride_token, BLOCK_SIZE, DIM, TILE, CAUSAL, True,
+    )  # fmt: skip
+    if sinks is not None:
+        sink = tl.load(sinks + head * group + row % group)
+        acc, top, total = add_sink(acc, top, total, sink)
+    values, bits = normalise(acc, top, total)
+    store_rows(out, lse, values, bits, token + offset, ours, head * group, group, heads,
+               ROWS, DIM, PADDED_DIM)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_tokens", "window", "least_new", "stride_table"],
+            do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "lse", "slopes", "sinks"],
+            )  # fmt: skip
+def prefill_kernel(
+    query, key, value, block_table, seq_lens, query_start, out, lse, slopes, sinks, scale, softcap, window,
+    num_seqs, num_tokens, kv_heads, group, least_new,
+    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_table,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """TOKENS new tokens under the query heads of one K/V head; sequences of fewer than ``least_new`` are skipped.
+
+    query       [tokens, heads, DIM] by strides      out         [tokens, heads, DIM]
+    key, value  [blocks, kv_heads, BLOCK_SIZE, DIM] by strides   lse         [tokens, heads] or None
+    block_table [seqs, width] by stride_table        slopes, sinks  [heads] or None
+    seq_lens    [seqs]                               query_start [seqs + 1]
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest walks begin first
+    head = tl.program_id(1)
+    heads = kv_heads * group
+    seq = _find(tile, query_start, num_seqs, TOKENS)
+    token = tl.load(query_start + seq)
+    offset = (tile - token // TOKENS - seq) * TOKENS
+    if seq == num_seqs:
+        for i in range(group):
+            store_nothing(out, lse, token + offset, num_tokens, head * group + i, heads, TOKENS, DIM, PADDED_DIM)
+    else:
+        new = tl.load(query_start + seq + 1) - token
+        if (offset < new) & (new >= least_new):
+            _attend(
+                query, key, value, block_table + seq.to(tl.int64) * stride_table, out, lse, slopes, sinks,
+                scale, softcap, window, token, offset, new, tl.load(seq_lens + seq), head, group, heads,
+                stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token,
+                BLOCK_SIZE, DIM, PADDED_DIM, ROWS, TOKENS, TILE, CAUSAL,
+            )  # fmt: skip
+
+
+_prefill = Launcher(prefill_kernel)
+
+
+def prefill(
+    query: torch.Tensor,
+    kv: KVLayer,
+    batch: PagedBatch,
+    params: AttentionParams,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    least_new: int,
+) -> None:
+    """Attend the sequences of ``least_new`` new tokens or more, and fill the rows past the batch.
+
+    Other arguments as in ``Backend.attention``, checked.
+    """
+    num_tokens, heads, dim = query.shape
+    _, kv_heads, block_size, _ = kv.key.shape
+    padded_dim, group = power_of_two(dim), heads // kv_heads
+    sizes = prefill_sizes(query.dtype, padded_dim)
+    tokens = 1 << ((sizes.rows // group).bit_length() - 1)
+    strides = (*query.stride()[:2], *kv.key.stride()[:3])
+    features = tuple(x is None for x in (lse, params.alibi_slopes, params.sinks, params.softcap, params.window))
+    depends = (kv_heads, group, *strides, block_size, dim, sizes, params.causal, features)
+    with on(query.device):
+        _prefill(
+            (num_tokens // tokens + batch.num_seqs + 1, kv_heads, 1),
+            form(query, kv.key, kv.value, out, depends=depends),
+            query, kv.key, kv.value, batch.block_table, batch.seq_lens, batch.query_start, out, lse,
+            params.alibi_slopes, params.sinks,
+            dim**-0.5 if params.scale is None else float(params.scale),
+            params.softcap and float(params.softcap), params.window,
+            batch.num_seqs, num_tokens, kv_heads, group, least_new, *strides, batch.block_table.stride(0),
+            block_size, dim, padded_dim, sizes.rows, tokens, sizes.tile, params.causal,
+            num_warps=sizes.warps, num_stages=sizes.stages,
+        )  # fmt: skip

@@ -1,0 +1,164 @@
+"""A tile of keys and values folded into the running softmax of some query rows: what decode and prefill share.
+
+A row is one query token under one query head; the rows of a K/V head's group are packed together, token by token, so
+that K and V are read once for all of them. Scores are kept in bits (times log2 e) so that ``exp2`` turns them into
+weights; the sums are those of online softmax (Milakov & Gimelshein, 2018; Dao et al., FlashAttention-2, 2023).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(query, first_token, num_tokens, group, stride_token, stride_head, scale,
+              ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
+    """``[ROWS, PADDED_DIM]`` of ``query`` from ``first_token`` on, zero past ``num_tokens``; negated if scale is."""
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    token = row // group
+    where = (first_token + token).to(tl.int64) * stride_token + (row % group) * stride_head
+    inside = (token < num_tokens)[:, None] & (dim < DIM)[None, :]
+    rows = tl.load(query + where[:, None] + dim[None, :], mask=inside, other=0.0)
+    return tl.where(scale < 0, -rows, rows)
+
+
+@triton.jit
+def block_ids(blocks, start, stop, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """``[TILE]``: the blocks of positions ``start`` and after, read from a row of the block table; 0 from ``stop``."""
+    offset = tl.arange(0, TILE)
+    # start is a multiple of TILE: where blocks fill tiles, what does not depend on it is computed once.
+    whole = start // BLOCK_SIZE + offset // BLOCK_SIZE
+    index = whole if TILE % BLOCK_SIZE == 0 else (start + offset) // BLOCK_SIZE
+    return tl.load(blocks + index, mask=start + offset < stop, other=0)
+
+
+@triton.jit
+def token_offsets(block, start, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """``[TILE, 1]``: where in one head of the pool the keys (and values) of positions ``start`` and after begin."""
+    offset = tl.arange(0, TILE)
+    token = offset % BLOCK_SIZE if TILE % BLOCK_SIZE == 0 else (start + offset) % BLOCK_SIZE
+    return (block.to(tl.int64) * stride_block + token * stride_token)[:, None]
+
+
+@triton.jit
+def fold(query, keys, values, acc, top, total, place, held, position, slope, scale, softcap, window,
+         CAUSAL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Fold one tile of keys and values into the running sums.
+
+    query            [rows, dim]     keys, values  [TILE, dim], 0 where not held
+    acc, top, total  [rows, dim], [rows], [rows]   weighted values; largest score in bits; sum of weights
+    place, held      [TILE]          positions of the keys; whether there is one
+    position, slope  [rows]          positions of the queries; ALiBi slopes, or None
+    MASKED           False promises that every row sees every key
+    """
+    scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3")
+    bits = tl.maximum(tl.abs(scale), 1e-30) * LOG2E  # never 0: a masked score stays -inf
+    if softcap is not None:
+        scores = softcap * (2.0 / (1.0 + tl.exp2(scores * (bits * -2.0 / softcap))) - 1.0)  # tanh
+        bits = LOG2E
+    if slope is not None:
+        distance = (place[None, :] - position[:, None]).to(tl.float32)
+        scores = scores * bits + (slope * LOG2E)[:, None] * distance
+        bits = 1.0
+    if MASKED:
+        seen = held[None, :]
+        if CAUSAL:
+            seen = seen & (place[None, :] <= position[:, None])
+        if window is not None:
+            seen = seen & (place[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+
+    new_top = tl.maximum(top, tl.max(scores, 1) * bits)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    weights = tl.exp2(scores * bits - shift[:, None])
+    kept = tl.exp2(top - shift)
+    total = total * kept + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision="tf32x3")
+    return acc, new_top, total
+
+
+@triton.jit
+def walk(query, block, acc, top, total, key, value, blocks, begin, end, first, stop, position, slope,
+         scale, softcap, window, stride_block, stride_token,
+         BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+         CAUSAL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Fold the keys at positions ``[begin, end)`` into the running sums; ``begin`` is a multiple of TILE.
+
+    block            what ``block_ids`` gives for ``begin``
+    key, value       pointers to this head's dim 0 of token 0 of block 0
+    blocks           pointer to the sequence's row of the block table
+    first, stop      positions outside [first, stop) are never read
+    MASKED           False promises that every row sees every key, and that end is a multiple of TILE
+    The rest is as in ``fold``.
+    """
+    dim = tl.arange(0, query.shape[1])
+    key_rows, value_rows = (key + dim)[None, :], (value + dim)[None, :]
+    for start in tl.range(begin, end, TILE):
+        where = token_offsets(block, start, stride_block, stride_token, BLOCK_SIZE, TILE)
+        # One tile ahead, so that loading the keys waits for nothing and runs as far ahead as there are stages.
+        block = block_ids(blocks, start + TILE, stop, BLOCK_SIZE, TILE)
+        place = start + tl.arange(0, TILE)
+        held = (place >= first) & (place < stop)
+        if MASKED:
+            inside = held[:, None] & (dim < DIM)[None, :]
+            keys = tl.load(key_rows + where, mask=inside, other=0.0)
+            values = tl.load(value_rows + where, mask=inside, other=0.0)
+        elif query.shape[1] == DIM:
+            keys = tl.load(key_rows + where)
+            values = tl.load(value_rows + where)
+        else:
+            keys = tl.load(key_rows + where, mask=(dim < DIM)[None, :], other=0.0)
+            values = tl.load(value_rows + where, mask=(dim < DIM)[None, :], other=0.0)
+        acc, top, total = fold(query, keys, values, acc, top, total, place, held, position, slope, scale, softcap,
+                               window, CAUSAL, MASKED)  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def add_sink(acc, top, total, sink):
+    """One more key per row with logit ``sink`` ``[rows]``, which takes weight and gives nothing."""
+    bits = sink * LOG2E
+    new_top = tl.maximum(top, bits)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    kept = tl.exp2(top - shift)
+    return acc * kept[:, None], new_top, total * kept + tl.exp2(bits - shift)
+
+
+@triton.jit
+def normalise(acc, top, total):
+    """Outputs, and log denominators in bits; 0 and -inf for rows without keys."""
+    empty = total == 0
+    lse = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+    return acc / tl.where(empty, 1.0, total)[:, None], lse
+
+
+@triton.jit
+def store_rows(out, lse, values, bits, first_token, num_tokens, first_head, group, heads,
+               ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
+    """Store what ``normalise`` gave into ``out`` ``[tokens, heads, DIM]`` and, unless None, ``lse`` (natural logs)."""
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    inside = row // group < num_tokens
+    where = (first_token + row // group).to(tl.int64) * heads + first_head + row % group
+    tl.store(out + where[:, None] * DIM + dim[None, :], values.to(out.dtype.element_ty),
+             mask=inside[:, None] & (dim < DIM)[None, :])  # fmt: skip
+    if lse is not None:
+        tl.store(lse + where, bits / LOG2E, mask=inside)
+
+
+@triton.jit
+def store_nothing(out, lse, first_token, num_tokens, head, heads,
+                  TOKENS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
+    """Store 0 and -inf for one head of tokens ``[first_token, num_tokens)``, TOKENS of them at most."""
+    token = first_token + tl.arange(0, TOKENS)
+    dim = tl.arange(0, PADDED_DIM)
+    where = token.to(tl.int64) * heads + head
+    inside = token < num_tokens
+    tl.store(out + where[:, None] * DIM + dim[None, :], tl.zeros([TOKENS, PADDED_DIM], out.dtype.element_ty),
+             mask=inside[:, None] & (dim < DIM)[None, :])  # fmt: skip
+    if lse is not None:
+        tl.store(lse + where, tl.full([TOKENS], float("-inf"), tl.float32), mask=inside)

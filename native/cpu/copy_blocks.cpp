@@ -1,0 +1,18 @@
+// Whole blocks within a tier, a pair a copy.
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace pagemgr {
+
+void copy_blocks(const pagemgr_copy_blocks_args &args) {
+    auto *pool = static_cast<char *>(args.pool);
+    const bool many = args.num_pairs * args.block_bytes > (1 << 18);
+#pragma omp parallel for num_threads(args.run.num_threads) if (many)
+    for (int64_t pair = 0; pair < args.num_pairs; pair++) {
+        const int64_t from = args.pairs[2 * pair], to = args.pairs[2 * pair + 1];
+        std::memcpy(pool + to * args.block_stride_bytes, pool + from * args.block_stride_bytes, args.block_bytes);
+    }
+}
+
+}  // namespace pagemgr

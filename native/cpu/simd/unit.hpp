@@ -1,0 +1,109 @@
+// One unit of attention: some query tokens of a sequence, all query heads of one K/V head, some of the keys.
+//
+// Its rows are (token, head of the group), token by token. Keys come in tiles; after each, a row holds the largest
+// score so far, the sum of e^(score - largest), and the sum of values weighted likewise: the online softmax (Milakov and
+// Gimelshein, 2018), which parts of any size can be merged from.
+#pragma once
+
+#include <cmath>
+
+#include "../kernels.hpp"
+#include "vector.hpp"
+
+namespace pagemgr::PAGEMGR_VARIANT {
+
+constexpr int kTile = 64;  // keys
+static_assert(kTile % W == 0);
+constexpr int64_t kRowsTogether = 32;  // the memory of many rows is a multiple of this: see tiles.hpp
+
+struct Unit {
+    int64_t seq;
+    int64_t first_token;  // row of the query tensor
+    int64_t position;     // of that token in its sequence
+    int64_t num_tokens;
+    int64_t kv_head;
+    int64_t first_key, stop_key;
+};
+
+// Where a thread keeps the rows of its unit. A row has the elements of a token in the order of load_step, and is padded
+// by 0 to whole steps.
+struct Rows {
+    int64_t count, width;
+    float *query;    // [count][width]
+    float *largest;  // [count]
+    float *sum;      // [count]
+    float *value;    // [count][width]
+    float *scores;   // [count][kTile]: products with keys, then weights
+};
+
+inline int64_t group_size(const pagemgr_attention_args &args) { return args.num_q_heads / args.kv.num_kv_heads; }
+
+template <class T>
+const T *query_row(const pagemgr_attention_args &args, const Unit &unit, int64_t row) {
+    const int64_t group = group_size(args), token = unit.first_token + row / group;
+    const int64_t head = unit.kv_head * group + row % group;
+    return static_cast<const T *>(args.query) + token * args.query_token_stride + head * args.query_head_stride;
+}
+
+template <class T>
+void load_queries(const pagemgr_attention_args &args, const Unit &unit, Rows &rows) {
+    for (int64_t row = 0; row < rows.count; row++) {
+        const T *from = query_row<T>(args, unit, row);
+        for (int64_t d = 0; d < args.kv.head_dim; d += kStep)
+            store_step(rows.query + row * rows.width + d, load_step(from + d, args.kv.head_dim - d));
+    }
+}
+
+// Elements from the pool's first key (or value) to those of keys [first, first + count).
+inline void find_keys(const pagemgr_attention_args &args, const Unit &unit, int64_t first, int count, int64_t *offsets) {
+    const pagemgr_kv &kv = args.kv;
+    const int32_t *table = args.block_table + unit.seq * args.table_stride;
+    int64_t block = first / kv.block_size, slot = first % kv.block_size;
+    for (int i = 0; i < count; block++, slot = 0) {
+        int64_t offset = table[block] * kv.block_stride + unit.kv_head * kv.head_stride + slot * kv.token_stride;
+        for (; i < count && slot < kv.block_size; i++, slot++, offset += kv.token_stride) offsets[i] = offset;
+    }
+}
+
+// Turns the products of one row with `count` keys from `first` on into weights; what was summed before is scaled to fit.
+inline void softmax_row(const pagemgr_attention_args &args, const Unit &unit, Rows &rows, int64_t row, int64_t first,
+                        int count) {
+    const int64_t group = group_size(args), position = unit.position + row / group;
+    const int64_t stop = args.causal ? position + 1 : first + count;
+    const int64_t start = args.window ? position - args.window + 1 : first;
+    const int32_t high = static_cast<int32_t>(larger<int64_t>(0, smaller<int64_t>(stop - first, count)));
+    const int32_t low = static_cast<int32_t>(larger<int64_t>(0, smaller<int64_t>(start - first, count)));
+    const float slope = args.alibi_slopes ? args.alibi_slopes[unit.kv_head * group + row % group] : 0;
+    float *scores = rows.scores + row * kTile;
+
+    Ints lane;
+    Floats lane_as_float;
+    for (int i = 0; i < W; i++) lane[i] = i, lane_as_float[i] = static_cast<float>(i);
+    Floats tops = fill(-kInfinity);
+    for (int i = 0; i < count; i += W) {
+        Floats x = load(scores + i) * args.scale;
+        if (args.softcap != 0) x = args.softcap * tanh(x / args.softcap);
+        if (slope != 0) x += slope * (lane_as_float + static_cast<float>(first + i - position));
+        x = (lane + i >= low) & (lane + i < high) ? x : fill(-kInfinity);
+        tops = max(tops, x);
+        store(scores + i, x);
+    }
+    const float largest = larger(rows.largest[row], max(tops));
+    const float shift = largest > -kInfinity ? largest : 0;
+    Floats total{};
+    for (int i = 0; i < count; i += W) {
+        const Floats weight = exp(load(scores + i) - shift);
+        total += weight;
+        store(scores + i, weight);
+    }
+    if (largest > rows.largest[row]) {
+        const float scale = ::expf(rows.largest[row] - largest);
+        rows.sum[row] *= scale;
+        float *value = rows.value + row * rows.width;
+        for (int64_t d = 0; d < rows.width; d += W) store(value + d, load(value + d) * scale);
+        rows.largest[row] = largest;
+    }
+    rows.sum[row] += sum(total);
+}
+
+}  // namespace pagemgr::PAGEMGR_VARIANT

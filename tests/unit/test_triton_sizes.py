@@ -1,0 +1,84 @@
+"""Tile sizes fit the chip: kernels are compiled for an H100, which needs no GPU, and asked for their shared memory."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
+from triton import compile as compile_kernel  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from pagemgr.backends.triton.decode import decode_kernel  # noqa: E402
+from pagemgr.backends.triton.prefill import prefill_kernel  # noqa: E402
+from pagemgr.backends.triton.sizes import MANY_ITEMS, decode_sizes, power_of_two, prefill_sizes  # noqa: E402
+
+SHARED_BYTES_OF_A_CTA = 227 * 1024
+SHARED_BYTES_OF_ALL = 228 * 1024
+RESERVED_BYTES_OF_A_CTA = 1024
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+POINTERS = {"block_table": "*i32", "seq_lens": "*i32", "query_start": "*i32", "scratch": "*fp32"}
+
+
+def shared_bytes(kernel, dtype: torch.dtype, constants: dict[str, object], warps: int, stages: int) -> int:
+    """Of one CTA, compiled for compute capability 9.0 with no optional feature."""
+    constants = constants | dict.fromkeys(("lse", "slopes", "sinks", "softcap", "window"))
+    tensors = dict.fromkeys(("query", "key", "value", "out"), f"*{NAMES[dtype]}")
+    types = dict.fromkeys(kernel.arg_names, "i32") | tensors | POINTERS | {"scale": "fp32"}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    at = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+    aligned = [*tensors, "scratch", *(name for name in kernel.arg_names if name.startswith("stride_"))]
+    source = ASTSource(
+        kernel,
+        signature,
+        {at[name]: value for name, value in constants.items()},
+        {at[name]: [["tt.divisibility", 16]] for name in aligned if name in at},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    return int(compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "group", "most_new", "items"),
+    [
+        (torch.bfloat16, 128, 4, 1, 8),
+        (torch.bfloat16, 128, 4, 1, MANY_ITEMS),
+        (torch.bfloat16, 256, 4, 16, 8),
+        (torch.float32, 256, 4, 16, MANY_ITEMS),
+    ],
+)
+def test_decode(dtype: torch.dtype, dim: int, group: int, most_new: int, items: int) -> None:
+    sizes = decode_sizes(dtype, dim, group, most_new, items)
+    assert sizes.rows >= group * most_new
+    constants = {"BLOCK_SIZE": 16, "DIM": dim, "PADDED_DIM": dim, "CAUSAL": True, "CHAINED": True, "SEQS": 32}
+    used = shared_bytes(
+        decode_kernel, dtype, constants | {"ROWS": sizes.rows, "TILE": sizes.tile}, sizes.warps, sizes.stages
+    )
+    assert used <= SHARED_BYTES_OF_A_CTA
+    assert sizes.ctas_per_sm * (used + RESERVED_BYTES_OF_A_CTA) <= SHARED_BYTES_OF_ALL
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 256)])
+def test_prefill(dtype: torch.dtype, dim: int) -> None:
+    sizes = prefill_sizes(dtype, dim)
+    constants = {"BLOCK_SIZE": 16, "DIM": dim, "PADDED_DIM": dim, "CAUSAL": True}
+    constants |= {"ROWS": sizes.rows, "TOKENS": sizes.rows // 4, "TILE": sizes.tile}
+    assert shared_bytes(prefill_kernel, dtype, constants, sizes.warps, sizes.stages) <= SHARED_BYTES_OF_A_CTA
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16, 31, 32])
+@pytest.mark.parametrize("most_new", [1, 2, 7, 64])
+@pytest.mark.parametrize("items", [1, MANY_ITEMS])
+def test_rows_hold_the_queries(group: int, most_new: int, items: int) -> None:
+    sizes = decode_sizes(torch.bfloat16, 128, group, most_new, items)
+    assert group * most_new <= sizes.rows == power_of_two(sizes.rows)
+    assert 16 <= sizes.tile == power_of_two(sizes.tile)
+
+
+def test_power_of_two() -> None:
+    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 80, 128)] == [1, 1, 2, 4, 4, 8, 128, 128]
