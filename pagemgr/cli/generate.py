@@ -60,7 +60,7 @@ class Generated:
         return sum(map(len, self.token_ids)) / self.decode_seconds
 
 
-class _Ticker:
+class Ticker:
     """A streamer, as ``generate`` calls it: counts steps and keeps no text."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
@@ -182,7 +182,7 @@ def _generate(
         do_sample=fork > 1,
         max_new_tokens=new_tokens,
         pad_token_id=_padding(tokenizer),
-        streamer=_Ticker(progress, new_tokens),
+        streamer=Ticker(progress, new_tokens),
     )
     done = time.perf_counter()
     limit = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", longest)

@@ -191,40 +191,46 @@ class Texts:
         return out.logits[:, -columns:]
 
 
+def change(texts: Texts, cache: PagedCache, generator: torch.Generator) -> None:
+    """One of the things that ``generate`` does to a cache between two forwards, to both."""
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    rows = len(texts.ids)
+    match number(0, 3):
+        case 0:
+            removed = number(0, min(6, texts.ids.shape[1] - 1))
+            cache.crop(-removed)
+            texts.cut(removed)
+        case 1:
+            order = torch.randint(0, rows, (rows,), generator=generator)
+            cache.reorder_cache(order)
+            texts.take(order)
+        case 2 if rows < 4:
+            repeats = number(1, 2)
+            cache.batch_repeat_interleave(repeats)
+            texts.take(torch.arange(rows).repeat_interleave(repeats))
+        case _:
+            chosen = torch.randperm(rows, generator=generator)[: number(1, rows)]
+            cache.batch_select_indices(chosen)
+            texts.take(chosen)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["Llama", "Gemma3"])
 def test_any_order_of_what_generate_does_to_a_cache(name: str, seed: int) -> None:
     model, generator = tiny_model(name), torch.Generator().manual_seed(100 + seed)
     cache = paged_cache(model, block_size=3, slots=900)
-
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    texts = Texts(model, *left_padded([number(1, 9) for _ in range(3)], seed))
+    texts = Texts(model, *left_padded(torch.randint(1, 10, (4,), generator=generator).tolist(), seed))
     columns = texts.ids.shape[1]
     for _ in range(25):
         real = texts.mask[:, -columns:].bool()
         torch.testing.assert_close(texts.run(cache, columns)[real], texts.logits(columns)[real], **LOGITS)
         cache.pool.manager.check()
-        rows = len(texts.ids)
-        match number(0, 3):
-            case 0:
-                removed = number(0, min(6, texts.ids.shape[1] - 1))
-                cache.crop(-removed)
-                texts.cut(removed)
-            case 1:
-                order = torch.randint(0, rows, (rows,), generator=generator)
-                cache.reorder_cache(order)
-                texts.take(order)
-            case 2 if rows < 4:
-                repeats = number(1, 2)
-                cache.batch_repeat_interleave(repeats)
-                texts.take(torch.arange(rows).repeat_interleave(repeats))
-            case _:
-                chosen = torch.randperm(rows, generator=generator)[: number(1, rows)]
-                cache.batch_select_indices(chosen)
-                texts.take(chosen)
-        columns = number(1, 5)
+        for _ in range(2):
+            change(texts, cache, generator)
+        columns = int(torch.randint(1, 6, (), generator=generator))
         texts.extend(torch.randint(2, VOCABULARY, (len(texts.ids), columns), generator=generator))
     assert_empty(cache)
 
@@ -257,4 +263,9 @@ def test_what_the_cache_says_of_itself() -> None:
     assert cache.get_max_length() == 20
     assert cache.get_mask_sizes(3, 0) == (3, 0)
     assert cache.is_croppable
+    cache.batch_repeat_interleave(3)  # of nothing: as with every other cache of transformers, no error
+    cache.reorder_cache(torch.tensor([0]))
+    cache.crop(0)
+    cache.reset()
+    assert cache.pool.stats().sequences == 0
     assert not cache.is_compileable

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.progress import Progress
 
+from pagemgr.cli.generate import Ticker
 from pagemgr.cli.main import main
 
 transformers = pytest.importorskip("transformers", reason="generate needs transformers")
@@ -118,6 +120,15 @@ def test_text_and_tables_for_people(folder: Path) -> None:
     assert "paged, a prompt for each: sharing saved 0.070 MiB 0.156 1.8" in rows
     assert "contiguous, as long as the model allows 0.250 2.9" in rows
     assert "sharing" not in run("--model", folder, "--prompt", PROMPT, "-n", 9).stdout
+
+
+def test_progress_ends_with_the_last_token() -> None:
+    progress = Progress(disable=True)
+    ticker = Ticker(progress, 3)
+    for _ in range(1 + 3):  # the prompt comes first
+        assert not progress.finished
+        ticker.put(torch.zeros(2))
+    assert progress.finished
 
 
 def test_transformers_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
