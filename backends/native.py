@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -40,7 +41,7 @@ _STRUCTS = {
     "PAGEMGR_STRUCT_COPY_BLOCKS": "pagemgr_copy_blocks_args",
     "PAGEMGR_STRUCT_MERGE": "pagemgr_merge_args",
 }
-_FUNCTIONS = ("message", "get_capabilities", "attention_workspace", "write_kv", "attention", "copy_blocks", "merge")
+FUNCTIONS = ("message", "get_capabilities", "attention_workspace", "write_kv", "attention", "copy_blocks", "merge")
 
 
 class NativeLibrary:
@@ -96,7 +97,7 @@ class NativeLibrary:
             raise self._mismatch("it does not have pagemgr_abi_version, so it is no library for pagemgr") from None
         if found != wanted:
             raise self._mismatch(f"it implements version {found} of the ABI, this pagemgr needs {wanted}")
-        for function in ("struct_size", *_FUNCTIONS):
+        for function in ("struct_size", *FUNCTIONS):
             if not hasattr(self.lib, f"pagemgr_{function}"):
                 raise self._mismatch(f"it does not have pagemgr_{function}")
         for constant, name in _STRUCTS.items():
@@ -127,6 +128,21 @@ class NativeLibrary:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The last call of ``attention``: a step asks the same of every layer, so that it is checked once."""
+
+    batch: PagedBatch
+    params: AttentionParams
+    layouts: tuple[object, ...]
+    args: Any
+
+
+def _layout(tensor: torch.Tensor | None) -> object:
+    """All that a check of a tensor may look at."""
+    return tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
 class NativeBackend:
     """A library as a backend; what the methods mean is written in ``pagemgr.backends.Backend``."""
 
@@ -150,6 +166,7 @@ class NativeBackend:
 
     def __init__(self) -> None:
         self.library = self._load()
+        self._last: _Prepared | None = None
 
     @classmethod
     def _load(cls) -> NativeLibrary:
@@ -183,16 +200,45 @@ class NativeBackend:
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
-        check_attention(self, query, kv, batch, params, out, lse)
+        library = self.library
+        layouts = tuple(map(_layout, (query, kv.key, kv.value, out, lse)))
+        last = self._last
+        if last is None or last.batch is not batch or last.params is not params or last.layouts != layouts:
+            check_attention(self, query, kv, batch, params, out, lse)
+            last = self._last = _Prepared(batch, params, layouts, self._prepare(query, kv, batch, params))
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        library, args = self.library, self._attention_args(query, kv, batch, params)
-        args.out = library.pointer(out)
+        args = library.ffi.new("pagemgr_attention_args *", last.args)
+        self._set_run(args.run, query.device)
+        args.query, args.out = library.pointer(query), library.pointer(out)
+        args.kv.key, args.kv.value = library.pointer(kv.key), library.pointer(kv.value)
         if lse is not None:
             args.lse = library.pointer(lse)
-        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=query.device)
+        size = library.ffi.new("int64_t *")
+        library.call("attention_workspace", args, size)
+        args.workspace_bytes = size[0]
+        workspace = torch.empty(size[0], dtype=torch.uint8, device=query.device)
         args.workspace = library.pointer(workspace)
         library.call("attention", args)
         return out
+
+    def _prepare(self, query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams) -> Any:
+        """The arguments, but for what differs between the layers of a step."""
+        library = self.library
+        args = library.ffi.new("pagemgr_attention_args *")
+        self._set_kv(args.kv, kv)
+        args.block_table, args.table_stride = library.pointer(batch.block_table), batch.block_table.stride(0)
+        args.seq_lens, args.query_start = library.pointer(batch.seq_lens), library.pointer(batch.query_start)
+        for name, tensor in (("alibi_slopes", params.alibi_slopes), ("sinks", params.sinks)):
+            if tensor is not None:
+                setattr(args, name, library.pointer(tensor))
+        args.query_token_stride, args.query_head_stride, _ = query.stride()
+        args.num_tokens, args.num_q_heads, head_dim = query.shape
+        args.num_seqs = batch.num_seqs
+        args.max_query_len, args.max_seq_len = batch.max_query_len, batch.max_seq_len
+        args.causal, args.window = params.causal, min(params.window or 0, _INT32_MAX)
+        args.scale = head_dim**-0.5 if params.scale is None else params.scale
+        args.softcap = params.softcap or 0.0
+        return args[0]
 
     def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""

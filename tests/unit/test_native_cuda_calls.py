@@ -1,0 +1,116 @@
+"""What CudaBackend remembers between calls, on the CPU over a plain C library that implements the same header."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+
+from pagemgr.backends import AttentionParams
+from pagemgr.backends.cases import Case, Problem, build
+from pagemgr.backends.conformance import checks
+from pagemgr.backends.cuda import CudaBackend
+from pagemgr.backends.native import NativeLibrary
+from pagemgr.backends.reference import TorchBackend
+from pagemgr.errors import InvalidInput, UnsupportedFeature
+from pagemgr.native.build import SOURCES
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> CudaBackend:
+    path = tmp_path_factory.mktemp("own") / "libmine.so"
+    source = Path(__file__).with_name("own_library.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", f"-I{SOURCES}", source, "-o", path, "-lm"], check=True)
+
+    class OverOwnLibrary(CudaBackend):
+        @classmethod
+        def _load(cls) -> NativeLibrary:
+            return NativeLibrary(cls.name, path, "compile it again")
+
+    return OverOwnLibrary()
+
+
+def problem(seed: int) -> Problem:
+    case = Case(torch.float32, head_dim=64, block_size=16, group_size=2, seqs=((40, 1), (19, 19), (7, 1)))
+    return build(case, torch.Generator().manual_seed(seed), "cpu")
+
+
+def expect(backend: CudaBackend, given: Problem) -> None:
+    wanted = TorchBackend().attention(given.query, given.kv, given.batch, given.params)
+    torch.testing.assert_close(backend.attention(given.query, given.kv, given.batch, given.params), wanted)
+
+
+def test_conforms(backend: CudaBackend) -> None:
+    found = checks(backend, "cpu", seed=5)
+    assert len(found) >= 50
+    for check in found:
+        check.run()
+
+
+def test_calls_that_differ_in_pointers_alone_read_what_they_were_given(backend: CudaBackend) -> None:
+    for seed in range(4):
+        expect(backend, problem(seed))
+
+
+@pytest.mark.parametrize("params", [AttentionParams(causal=False), AttentionParams(scale=0.4), AttentionParams()])
+def test_other_parameters_are_other_calls(backend: CudaBackend, params: AttentionParams) -> None:
+    expect(backend, replace(problem(11), params=params))
+
+
+def test_lse_is_written_when_it_is_asked_for_only(backend: CudaBackend) -> None:
+    given = problem(12)
+    lse = torch.full(given.query.shape[:2], torch.nan)
+    backend.attention(given.query, given.kv, given.batch, given.params, lse=lse)
+    written = lse.clone()
+    assert not written.isnan().any()
+    lse.fill_(torch.nan)
+    backend.attention(given.query, given.kv, given.batch, given.params)
+    assert lse.isnan().all()
+
+
+def test_what_does_not_fit_is_refused_after_a_call_that_did(backend: CudaBackend) -> None:
+    given = problem(13)
+    expect(backend, given)
+    with pytest.raises(InvalidInput, match="out must have shape"):
+        backend.attention(given.query, given.kv, given.batch, given.params, out=torch.empty(1, 4, 64))
+    batch = replace(given.batch, seq_lens=given.batch.seq_lens.long())
+    with pytest.raises(InvalidInput, match=r"seq_lens must be torch\.int32"):
+        backend.attention(given.query, given.kv, batch, given.params)
+    with pytest.raises(UnsupportedFeature, match="softcap"):
+        backend.attention(given.query, given.kv, given.batch, AttentionParams(softcap=1.0))
+    expect(backend, given)
+
+
+def test_threads_share_no_struct(backend: CudaBackend) -> None:
+    """Each thread has inputs of its own; the same signature for all."""
+    given = [problem(20 + number) for number in range(4)]
+    failures: list[BaseException] = []
+
+    def work(mine: Problem) -> None:
+        try:
+            for _ in range(50):
+                expect(backend, mine)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [Thread(target=work, args=(mine,)) for mine in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_what_is_remembered_is_bounded(backend: CudaBackend) -> None:
+    given = problem(14)
+    for longer in range(300):
+        batch = replace(given.batch, max_seq_len=given.batch.max_seq_len + longer)
+        backend.attention(given.query, given.kv, batch, given.params)
+    assert len(backend._idle) <= 256
