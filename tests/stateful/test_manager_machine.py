@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from device import contents
 from harness import NAMESPACES, Harness, Refusal
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from model import Flight, Part
@@ -124,6 +124,28 @@ class Machine(Harness):
             new = self.tokens(data, data.draw(counts, "count"))
             parts.append(Part(row, len(row.tokens), new, data.draw(st.booleans(), "early"), None))
         self.step_of(parts, False)
+
+    @precondition(lambda self: any(row in self.ready() and row.computed for row in self.idle()))
+    @rule(data=DATA, cut=st.integers(1, 3), at_once=LIKELY)
+    def roll_back(self, data: st.DataObject, cut: int, at_once: bool) -> None:
+        """A few tokens are taken back and others run in their place, as after a wrong guess."""
+        rows = [row for row in self.idle() if row in self.ready() and row.computed]
+        row = data.draw(st.sampled_from(rows), "row")
+        length = max(row.computed - cut, 0)
+        self.wait([row])
+        self.call(self.manager.truncate, self.named([row]), [length])
+        self.model.truncate([row], [length])
+        self.step_of([Part(row, length, self.tokens(data, cut), data.draw(LIKELY, "early"), None)], at_once)
+
+    @precondition(lambda self: self.model.count("device", "cached") and len(self.model.rows) < self.max_rows)
+    @rule(data=DATA)
+    def squeeze(self, data: st.DataObject) -> None:
+        """A sequence comes and goes for which blocks must be evicted."""
+        count = self.model.count("device", "free") + data.draw(st.integers(1, 4), "evicted")
+        row = self.added(self.call(self.manager.add), [], Namespace())
+        self.step_of([Part(row, 0, self.tokens(data, min(count * self.model.size, self.limit)), False, None)], True)
+        self.call(self.manager.free, self.named([row]))
+        self.model.free([row])
 
     def step_of(self, parts: list[Part], at_once: bool) -> None:
         refused = self.refusal(parts)
@@ -312,6 +334,7 @@ LONG_ENOUGH = settings(
     max_examples=max(100, settings.default.max_examples),
     stateful_step_count=max(60, settings.default.stateful_step_count),
     print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],  # machines are shared
 )
 TestManager, TestCompiledManager = Machine.TestCase, CompiledMachine.TestCase
 TestManager.settings = TestCompiledManager.settings = LONG_ENOUGH

@@ -230,6 +230,17 @@ def test_blocks_wait_for_the_steps_in_flight(make: Make) -> None:
     manager.commit(third)
 
 
+def test_an_older_step_is_waited_for_when_a_newer_one_is_aborted(make: Make) -> None:
+    manager = make(5, 2)
+    a, b = filled(manager, [1]), manager.add()
+    first, second = manager.reserve([a], [1]), manager.reserve([b], [1])
+    manager.free([a])
+    manager.abort(second)
+    assert states(manager) == {"free": 3, "fenced": 1}
+    manager.commit(first)
+    assert states(manager) == {"free": 4}
+
+
 def test_an_aborted_step_holds_nothing_back(make: Make) -> None:
     manager = make(5, 2)
     a = filled(manager, [1])

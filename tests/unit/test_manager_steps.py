@@ -59,6 +59,13 @@ def test_ids_may_come_at_commit(make: Make) -> None:
     assert cached_tokens(manager, [1, 2, 0]) == cached_tokens(manager, [3, 4, 0]) == 2
 
 
+def test_ids_may_come_at_commit_as_an_array(make: Make) -> None:
+    manager = make(9, 2)
+    both = manager.add_many([[], []])
+    manager.commit(manager.reserve(both, [2, 2]), np.array([[1, 2], [3, 4]]))
+    assert cached_tokens(manager, [1, 2, 0]) == cached_tokens(manager, [3, 4, 0]) == 2
+
+
 def test_several_steps_of_a_sequence_in_flight(make: Make) -> None:
     manager = make(9, 2)
     a = manager.add()
