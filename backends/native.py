@@ -134,7 +134,7 @@ class _Prepared:
 
     batch: PagedBatch
     params: AttentionParams
-    layouts: tuple[object, ...]
+    facts: tuple[object, ...]
     args: Any
 
 
@@ -201,44 +201,22 @@ class NativeBackend:
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
         library = self.library
-        layouts = tuple(map(_layout, (query, kv.key, kv.value, out, lse)))
+        facts = (torch.get_num_threads(), *map(_layout, (query, kv.key, kv.value, out, lse)))
         last = self._last
-        if last is None or last.batch is not batch or last.params is not params or last.layouts != layouts:
+        if last is None or last.batch is not batch or last.params is not params or last.facts != facts:
             check_attention(self, query, kv, batch, params, out, lse)
-            last = self._last = _Prepared(batch, params, layouts, self._prepare(query, kv, batch, params))
+            last = self._last = _Prepared(batch, params, facts, self._attention_args(query, kv, batch, params)[0])
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
         args = library.ffi.new("pagemgr_attention_args *", last.args)
         self._set_run(args.run, query.device)
-        args.query, args.out = library.pointer(query), library.pointer(out)
         args.kv.key, args.kv.value = library.pointer(kv.key), library.pointer(kv.value)
+        args.query, args.out = library.pointer(query), library.pointer(out)
         if lse is not None:
             args.lse = library.pointer(lse)
-        size = library.ffi.new("int64_t *")
-        library.call("attention_workspace", args, size)
-        args.workspace_bytes = size[0]
-        workspace = torch.empty(size[0], dtype=torch.uint8, device=query.device)
+        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=query.device)
         args.workspace = library.pointer(workspace)
         library.call("attention", args)
         return out
-
-    def _prepare(self, query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams) -> Any:
-        """The arguments, but for what differs between the layers of a step."""
-        library = self.library
-        args = library.ffi.new("pagemgr_attention_args *")
-        self._set_kv(args.kv, kv)
-        args.block_table, args.table_stride = library.pointer(batch.block_table), batch.block_table.stride(0)
-        args.seq_lens, args.query_start = library.pointer(batch.seq_lens), library.pointer(batch.query_start)
-        for name, tensor in (("alibi_slopes", params.alibi_slopes), ("sinks", params.sinks)):
-            if tensor is not None:
-                setattr(args, name, library.pointer(tensor))
-        args.query_token_stride, args.query_head_stride, _ = query.stride()
-        args.num_tokens, args.num_q_heads, head_dim = query.shape
-        args.num_seqs = batch.num_seqs
-        args.max_query_len, args.max_seq_len = batch.max_query_len, batch.max_seq_len
-        args.causal, args.window = params.causal, min(params.window or 0, _INT32_MAX)
-        args.scale = head_dim**-0.5 if params.scale is None else params.scale
-        args.softcap = params.softcap or 0.0
-        return args[0]
 
     def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""

@@ -15,11 +15,11 @@ struct Kernels {
     void (*merge)(const pagemgr_merge_args &args);
 };
 
-#define PAGEMGR_DECLARE(name)                                          \
-    namespace name {                                                   \
-    int64_t attention_workspace(const pagemgr_attention_args &args);   \
-    void attention(const pagemgr_attention_args &args);                \
-    void merge(const pagemgr_merge_args &args);                        \
+#define PAGEMGR_DECLARE(name)                                                \
+    namespace name {                                                         \
+    int64_t attention_workspace(const pagemgr_attention_args &args);         \
+    void attention(const pagemgr_attention_args &args);                      \
+    void merge(const pagemgr_merge_args &args);                              \
     constexpr Kernels kernels{#name, attention_workspace, attention, merge}; \
     }
 PAGEMGR_DECLARE(portable)

@@ -1,16 +1,23 @@
-"""The CPU library: every instruction set that this machine has passes the conformance suite, on one thread and more."""
+"""The CPU library: every instruction set that this machine has passes the conformance suite, on several threads too."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
 
 from pagemgr.backends.conformance import ConformanceSuite, checks
 from pagemgr.backends.cpu import CpuBackend
-from pagemgr.backends.native import NativeBackend
-from pagemgr.errors import BackendUnavailable
+from pagemgr.backends.native import FUNCTIONS, NativeBackend
+from pagemgr.errors import InvalidInput
 from pagemgr.native.build import CPU_VARIANTS, build, cpu_recipe
+
+if reason := CpuBackend.probe():
+    pytest.skip(reason, allow_module_level=True)
 
 
 class TestCpu(ConformanceSuite):
@@ -18,21 +25,42 @@ class TestCpu(ConformanceSuite):
 
 
 @pytest.mark.parametrize("best", list(CPU_VARIANTS))
-@pytest.mark.parametrize("threads", [1, 3])
-def test_every_variant_conforms(best: str, threads: int) -> None:
-    """A library without the variants after this one, so that it runs this one; other inputs for each."""
+def test_every_variant_conforms(best: str, three_threads: None) -> None:
+    """A library without the variants after this one, so that it runs this one."""
     names = list(CPU_VARIANTS)
-    try:
-        made_by = cpu_recipe(names[: names.index(best) + 1])
-    except BackendUnavailable as error:
-        pytest.skip(error.reason)
-    backend = NativeBackend.at(build(made_by))()
+    backend = NativeBackend.at(build(cpu_recipe(names[: names.index(best) + 1])))()
     if backend.library.variant != best:
         pytest.skip(f"this processor runs {backend.library.variant}, not {best}")
+    for check in checks(backend, "cpu", seed=2):
+        check.run()
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for check in checks(backend, "cpu", seed=1 + threads):
-            check.run()
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_library_shows_the_abi_and_shares_no_symbol_between_variants() -> None:
+    """A weak symbol is a function that several variants brought along, of which the linker kept any one."""
+    path = CpuBackend().library.path
+    listing = subprocess.run(("nm", "--defined-only", path), capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-2:] for line in listing.splitlines()]
+    assert not [name for kind, name in symbols if kind in "WVu"]
+    shown = {name for kind, name in symbols if kind == "T"}
+    assert shown == {f"pagemgr_{name}" for name in ("abi_version", "struct_size", *FUNCTIONS)}
+
+
+def test_a_workspace_that_is_too_small_is_refused() -> None:
+    library = CpuBackend().library
+    args = library.ffi.new("pagemgr_attention_args *")
+    args.run.num_threads, args.num_q_heads, args.max_query_len = 1, 4, 1
+    args.kv.num_kv_heads, args.kv.block_size, args.kv.head_dim = 4, 16, 64
+    size = library.ffi.new("int64_t *")
+    library.call("attention_workspace", args, size)
+    args.workspace_bytes = size[0] - 1
+    with pytest.raises(InvalidInput, match="the workspace is smaller than pagemgr_attention_workspace says"):
+        library.call("attention", args)

@@ -330,11 +330,8 @@ class CompiledMachine(Machine):
     compiled = True
 
 
-LONG_ENOUGH = settings(
-    max_examples=max(100, settings.default.max_examples),
-    stateful_step_count=max(60, settings.default.stateful_step_count),
+TestManager, TestCompiledManager = Machine.TestCase, CompiledMachine.TestCase
+TestManager.settings = TestCompiledManager.settings = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],  # machines are shared
 )
-TestManager, TestCompiledManager = Machine.TestCase, CompiledMachine.TestCase
-TestManager.settings = TestCompiledManager.settings = LONG_ENOUGH

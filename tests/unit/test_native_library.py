@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pagemgr import Config, PagedKVCache
-from pagemgr.backends import create
+from pagemgr.backends import KVLayer, create
+from pagemgr.backends.cases import Case, build
 from pagemgr.backends.conformance import checks
 from pagemgr.backends.native import NativeBackend
+from pagemgr.backends.reference import TorchBackend
 from pagemgr.errors import BackendUnavailable, InternalError, InvalidInput, NativeAbiMismatch, UnsupportedFeature
 from pagemgr.layout import BlockLayout
 from pagemgr.native.build import SOURCES
@@ -165,3 +168,23 @@ def test_a_status_becomes_an_exception(
     monkeypatch.setattr(library, "lib", Failing())
     with pytest.raises(error):
         library.call("merge", None)
+
+
+def test_what_was_checked_for_one_layer_is_not_taken_for_another_call(own: Path) -> None:
+    """The layers of a step are checked once; whatever differs in more than addresses is checked again."""
+    backend = NativeBackend.at(own)()
+    case = Case(torch.float32, head_dim=64, block_size=16, group_size=2, seqs=((40, 1), (19, 3)), with_lse=True)
+    first, second = (build(case, torch.Generator().manual_seed(seed), "cpu") for seed in (1, 2))
+    batch, params = first.batch, first.params
+    for query, kv in ((first.query, first.kv), (second.query, first.kv), (second.query.contiguous(), second.kv)):
+        kv = KVLayer(kv.key.nan_to_num(), kv.value.nan_to_num())
+        lse = torch.empty(query.shape[:2])
+        wanted_lse = torch.empty_like(lse)
+        wanted = TorchBackend().attention(query, kv, batch, params, lse=wanted_lse)
+        for given in (lse, None, lse):
+            torch.testing.assert_close(backend.attention(query, kv, batch, params, lse=given), wanted)
+        torch.testing.assert_close(lse, wanted_lse)
+    with pytest.raises(InvalidInput, match="query must be"):
+        backend.attention(first.query.double(), first.kv, batch, params)
+    with pytest.raises(UnsupportedFeature, match="softcap"):
+        backend.attention(first.query, first.kv, batch, replace(params, softcap=2.0))

@@ -9,8 +9,8 @@
 namespace pagemgr::PAGEMGR_VARIANT {
 namespace {
 
-constexpr int64_t kManyRows = 96;  // rows of a unit, where a sequence has as many
-constexpr int64_t kManyTileRows = 256;  // where matrix tiles multiply them, and packing K and V costs relatively more
+constexpr int64_t kManyRows = 96;        // rows of a unit, where a sequence has as many
+constexpr int64_t kManyTileRows = 256;   // where matrix tiles multiply them, and packing K and V costs relatively more
 constexpr int64_t kShortestSplit = 256;  // keys
 constexpr int64_t kUnitsPerThread = 4;
 constexpr int64_t kLeastWork = 1 << 16;  // multiplications that are worth waking a thread
@@ -152,10 +152,8 @@ private:
         auto *offsets = reinterpret_cast<int64_t *>(scratch);
         for (int64_t row = 0; row < rows.count; row++) rows.largest[row] = -kInfinity, rows.sum[row] = 0;
         std::memset(rows.value, 0, rows.count * rows.width * sizeof(float));
-        if (rows.count <= kFewRows)
-            attend_few<T>(args_, unit, rows, offsets);
-        else
-            attend_many<T>(args_, unit, rows, offsets, rows.sum + shape_.rows);
+        if (rows.count <= kFewRows) attend_few<T>(args_, unit, rows, offsets);
+        else attend_many<T>(args_, unit, rows, offsets, rows.sum + shape_.rows);
         const Cut &cut = cuts_[unit.seq];
         for (int64_t row = 0; row < rows.count; row++) {
             if (cut.splits == 1) {
@@ -220,6 +218,7 @@ private:
     void pad() const {
         const int64_t first = args_.query_start[args_.num_seqs] * static_cast<int64_t>(args_.num_q_heads);
         const int64_t stop = args_.num_tokens * args_.num_q_heads, dim = args_.kv.head_dim;
+        if (first == stop) return;
         std::memset(static_cast<T *>(args_.out) + first * dim, 0, (stop - first) * dim * sizeof(T));
         for (int64_t row = first; args_.lse && row < stop; row++) args_.lse[row] = -kInfinity;
     }
@@ -241,9 +240,12 @@ int64_t attention_workspace(const pagemgr_attention_args &args) {
 
 void attention(const pagemgr_attention_args &args) {
     switch (args.kv.dtype) {
-        case PAGEMGR_FLOAT16: return Attention<Half>(args).run();
-        case PAGEMGR_BFLOAT16: return Attention<Bfloat>(args).run();
-        default: return Attention<float>(args).run();
+        case PAGEMGR_FLOAT16:
+            return Attention<Half>(args).run();
+        case PAGEMGR_BFLOAT16:
+            return Attention<Bfloat>(args).run();
+        default:
+            return Attention<float>(args).run();
     }
 }
 

@@ -17,8 +17,8 @@ inline void prefetch(const void *from, int64_t bytes) {
 
 // Scores of R rows: W sums at a time, of W / R keys and R rows each.
 template <int R, class T>
-void dot_rows(const T *keys, const int64_t *offsets, int count, int64_t dim, const float *query,
-              int64_t width, float *scores) {
+void dot_rows(const T *keys, const int64_t *offsets, int count, int64_t dim, const float *query, int64_t width,
+              float *scores) {
     constexpr int K = W / R;
     for (int first = 0; first < count; first += K) {
         const T *from[K];
@@ -82,14 +82,13 @@ void add_values(const T *values, const int64_t *offsets, int count, int64_t dim,
     }
 }
 
-template <int R, class T>
-void add_rows(const T *values, const int64_t *offsets, int count, int64_t dim,
-              const float *weights, float *sums, int64_t width) {
-    constexpr int S = larger(1, smaller(4, (W == 16 ? 8 : 4) / R));  // what the registers hold
-    int64_t d = 0;
-    for (; d + S * kStep <= dim; d += S * kStep)
+// Adds V, weighted, to R rows, from element d on: S steps at a time, as long as there are as many, then half of that.
+template <int R, int S, class T>
+void add_rows(const T *values, const int64_t *offsets, int count, int64_t dim, const float *weights, float *sums,
+              int64_t width, int64_t d = 0) {
+    for (; d + (S > 1 ? S * kStep : 1) <= dim; d += S * kStep)
         add_values<R, S>(values, offsets, count, dim, weights, sums, width, d);
-    for (; d < dim; d += kStep) add_values<R, 1>(values, offsets, count, dim, weights, sums, width, d);
+    if constexpr (S > 1) add_rows<R, S / 2>(values, offsets, count, dim, weights, sums, width, d);
 }
 
 // Calls visit(row, std::integral_constant<int, R>) for runs of R = 8 (where W is 16), 4, 2 and 1 rows.
@@ -117,7 +116,9 @@ void attend_few(const pagemgr_attention_args &args, const Unit &unit, Rows &rows
         });
         for (int64_t row = 0; row < rows.count; row++) softmax_row(args, unit, rows, row, first, count);
         in_runs<kMost>(0, rows.count, [&](int64_t row, auto run) {
-            add_rows<run>(values, offsets, count, dim, rows.scores + row * kTile, rows.value + row * width, width);
+            constexpr int kSteps = larger(1, smaller(4, (W == 16 ? 8 : 4) / run));  // what the registers hold
+            add_rows<run, kSteps>(values, offsets, count, dim, rows.scores + row * kTile, rows.value + row * width,
+                                  width);
         });
         std::memmove(offsets, next, next_count * sizeof(int64_t));
         count = next_count;

@@ -40,9 +40,12 @@ void merge_rows(const pagemgr_merge_args &args) {
 
 void merge(const pagemgr_merge_args &args) {
     switch (args.dtype) {
-        case PAGEMGR_FLOAT16: return merge_rows<Half>(args);
-        case PAGEMGR_BFLOAT16: return merge_rows<Bfloat>(args);
-        default: return merge_rows<float>(args);
+        case PAGEMGR_FLOAT16:
+            return merge_rows<Half>(args);
+        case PAGEMGR_BFLOAT16:
+            return merge_rows<Bfloat>(args);
+        default:
+            return merge_rows<float>(args);
     }
 }
 

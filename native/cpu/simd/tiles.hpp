@@ -37,39 +37,37 @@ inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const v
             float *to = c + row * c_stride + column, *below = to + kTileRows * c_stride;
             if (add) {
                 _tile_loadd(0, to, c_bytes);
-_tile_loadd(1, to + kTileWords, c_bytes);
+                _tile_loadd(1, to + kTileWords, c_bytes);
                 _tile_loadd(2, below, c_bytes);
-_tile_loadd(3, below + kTileWords, c_bytes);
+                _tile_loadd(3, below + kTileWords, c_bytes);
             } else {
                 _tile_zero(0);
-_tile_zero(1);
-_tile_zero(2);
-_tile_zero(3);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
             }
             for (int64_t i = 0; i < depth; i++) {
                 _tile_loadd(4, upper + i * 64, a_bytes);
-_tile_loadd(5, lower + i * 64, a_bytes);
+                _tile_loadd(5, lower + i * 64, a_bytes);
                 _tile_loadd(6, left + i * kTileSize, 64);
-_tile_loadd(7, right + i * kTileSize, 64);
+                _tile_loadd(7, right + i * kTileSize, 64);
                 _tile_dpbf16ps(0, 4, 6);
-_tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(2, 5, 6);
-_tile_dpbf16ps(3, 5, 7);
+                _tile_dpbf16ps(3, 5, 7);
             }
             _tile_stored(0, to, c_bytes);
-_tile_stored(1, to + kTileWords, c_bytes);
+            _tile_stored(1, to + kTileWords, c_bytes);
             _tile_stored(2, below, c_bytes);
-_tile_stored(3, below + kTileWords, c_bytes);
+            _tile_stored(3, below + kTileWords, c_bytes);
         }
     }
 }
 
 inline Words load_pairs(const Bfloat *from, int64_t count) {
     Words pairs{};
-    if (__builtin_expect(count >= kStep, 1))
-        std::memcpy(&pairs, from, sizeof pairs);
-    else
-        std::memcpy(&pairs, from, count * sizeof(Bfloat));
+    if (__builtin_expect(count >= kStep, 1)) std::memcpy(&pairs, from, sizeof pairs);
+    else std::memcpy(&pairs, from, count * sizeof(Bfloat));
     return pairs;
 }
 
@@ -138,8 +136,8 @@ inline void attend_many<Bfloat>(const pagemgr_attention_args &args, const Unit &
             softmax_row(args, unit, rows, row, first, count);
             narrow_weights(rows.scores + row * kTile, count);
         }
-        multiply_tiles(rows.count, width, kTile / kTilePair, rows.scores, kTile * sizeof(float), value_tiles, rows.value,
-                       width, true);
+        multiply_tiles(rows.count, width, kTile / kTilePair, rows.scores, kTile * sizeof(float), value_tiles,
+                       rows.value, width, true);
     }
     _tile_release();
 }

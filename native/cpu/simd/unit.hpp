@@ -1,8 +1,8 @@
 // One unit of attention: some query tokens of a sequence, all query heads of one K/V head, some of the keys.
 //
 // Its rows are (token, head of the group), token by token. Keys come in tiles; after each, a row holds the largest
-// score so far, the sum of e^(score - largest), and the sum of values weighted likewise: the online softmax (Milakov and
-// Gimelshein, 2018), which parts of any size can be merged from.
+// score so far, the sum of e^(score - largest), and the sum of values weighted likewise: the online softmax (Milakov
+// and Gimelshein, 2018), which parts of any size can be merged from.
 #pragma once
 
 #include <cmath>
@@ -55,7 +55,8 @@ void load_queries(const pagemgr_attention_args &args, const Unit &unit, Rows &ro
 }
 
 // Elements from the pool's first key (or value) to those of keys [first, first + count).
-inline void find_keys(const pagemgr_attention_args &args, const Unit &unit, int64_t first, int count, int64_t *offsets) {
+inline void find_keys(const pagemgr_attention_args &args, const Unit &unit, int64_t first, int count,
+                      int64_t *offsets) {
     const pagemgr_kv &kv = args.kv;
     const int32_t *table = args.block_table + unit.seq * args.table_stride;
     int64_t block = first / kv.block_size, slot = first % kv.block_size;
@@ -65,7 +66,8 @@ inline void find_keys(const pagemgr_attention_args &args, const Unit &unit, int6
     }
 }
 
-// Turns the products of one row with `count` keys from `first` on into weights; what was summed before is scaled to fit.
+// Turns the products of one row with `count` keys from `first` on into weights; what was summed before is scaled to
+// fit.
 inline void softmax_row(const pagemgr_attention_args &args, const Unit &unit, Rows &rows, int64_t row, int64_t first,
                         int count) {
     const int64_t group = group_size(args), position = unit.position + row / group;

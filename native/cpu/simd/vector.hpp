@@ -207,12 +207,9 @@ inline Floats add_pairs(Floats a, Floats b) {
 // Lane i of the result is the sum of the lanes of x[i]. A tree: N vectors at the leaves under this node.
 template <int N = W>
 PAGEMGR_INLINE Floats sums(const Floats *x) {
-    if constexpr (N == 1)
-        return x[0];
-    else if constexpr (N > 4)
-        return add_pairs<EvenFours>(sums<N / 2>(x), sums<N / 2>(x + N / 2));
-    else
-        return add_pairs<EvenLanes>(sums<N / 2>(x), sums<N / 2>(x + N / 2));
+    if constexpr (N == 1) return x[0];
+    else if constexpr (N > 4) return add_pairs<EvenFours>(sums<N / 2>(x), sums<N / 2>(x + N / 2));
+    else return add_pairs<EvenLanes>(sums<N / 2>(x), sums<N / 2>(x + N / 2));
 }
 
 template <int Size = 1>

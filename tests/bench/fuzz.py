@@ -1,0 +1,122 @@
+"""Random shapes against the reference backend, for as long as one likes.
+
+    python -m tests.bench.fuzz --backend cpu --minutes 10
+    LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python -m tests.bench.fuzz --sanitize
+
+``--sanitize`` builds the cpu library with the address and undefined-behaviour sanitizers, ``--variant`` without the
+instruction sets after that one; both run the conformance suite on it first. Every case has a seed of its own, which
+is printed when it fails, and ``--seed`` begins with it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import click
+import torch
+
+from pagemgr.backends import Backend, create
+from pagemgr.backends.cases import Case, build
+from pagemgr.backends.conformance import LSE_TOLERANCE, TOLERANCE, checks
+from pagemgr.backends.native import NativeBackend
+from pagemgr.backends.reference import TorchBackend
+from pagemgr.layout import BlockLayout
+from pagemgr.native.build import CPU_VARIANTS, DEFAULT_CACHE_DIR, cpu_recipe
+from pagemgr.native.build import build as build_library
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1")
+
+
+def random_case(generator: torch.Generator) -> Case:
+    """Any shape, with any features."""
+
+    def pick(*values: object) -> object:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    def whole(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    size = whole(1, 40) if whole(0, 1) else int(pick(8, 16, 32, 64))
+    longest = int(pick(3, 40, 150, 700))
+    seqs = []
+    for _ in range(whole(0, 6)):
+        length = whole(0, longest)
+        new = int(pick(1, 1, 1, length, whole(0, length)))
+        seqs.append((length, new if length else whole(0, 2)))
+    return Case(
+        dtype=pick(torch.float32, torch.float16, torch.bfloat16),
+        head_dim=int(pick(64, 128, 8 * whole(1, 34), whole(1, 130))),
+        block_size=size,
+        group_size=int(pick(1, 2, 4, 8, whole(1, 17))),
+        kv_heads=whole(1, 4),
+        seqs=tuple(seqs),
+        padding=whole(0, 3),
+        causal=bool(whole(0, 3)),
+        window=whole(1, longest) if whole(0, 3) == 0 else None,
+        softcap=float(pick(None, None, 0.5, 20.0) or 0) or None,
+        scale=pick(None, None, 0.3),
+        alibi=whole(0, 3) == 0,
+        sinks=whole(0, 3) == 0,
+        with_lse=bool(whole(0, 1)),
+        poison=float(pick(torch.nan, torch.inf)),
+    )
+
+
+def compare(backend: Backend, case: Case, generator: torch.Generator) -> None:
+    """Raise ``AssertionError`` if the backend and the reference differ."""
+    problem = build(case, generator, "cpu")
+    args = (problem.query, problem.kv, problem.batch, problem.params)
+    lses = [torch.full(problem.query.shape[:2], torch.nan) if case.with_lse else None for _ in range(2)]
+    out = backend.attention(*args, lse=lses[0])
+    exact = replace_dtype(problem, torch.float64) if case.dtype is torch.float32 else args
+    expected = TorchBackend().attention(*exact, lse=lses[1])
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(out.double(), expected.double(), atol=tolerance, rtol=tolerance)
+    if case.with_lse:
+        tolerance = LSE_TOLERANCE[case.dtype]
+        torch.testing.assert_close(lses[0], lses[1], atol=tolerance, rtol=tolerance)
+
+
+def replace_dtype(problem: object, dtype: torch.dtype) -> tuple:
+    """The arguments of ``attention`` in another dtype."""
+    pool = problem.pool.to(dtype)
+    kv = replace(problem, pool=pool).kv
+    return problem.query.to(dtype), kv, problem.batch, problem.params
+
+
+@click.command()
+@click.option("--backend", "name", default="cpu", show_default=True)
+@click.option("--minutes", default=1.0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the first case; the next has the next.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--sanitize", is_flag=True, help="The cpu library, with sanitizers.")
+@click.option("--variant", type=click.Choice(tuple(CPU_VARIANTS)), help="The cpu library, for this instruction set.")
+def main(name: str, minutes: float, seed: int, threads: int, sanitize: bool, variant: str | None) -> None:
+    """Compare a backend with the reference on random shapes."""
+    torch.set_num_threads(threads)
+    if sanitize or variant is not None:
+        names = list(CPU_VARIANTS)
+        known = None if variant is None else names[: names.index(variant) + 1]
+        made_by = cpu_recipe(known, SANITIZERS if sanitize else ())
+        backend = NativeBackend.at(build_library(made_by, DEFAULT_CACHE_DIR))()
+        found = checks(backend, "cpu")
+        for check in found:
+            check.run()
+        click.echo(f"{len(found)} checks of the conformance suite pass on {backend.library.variant}")
+    else:
+        backend = create(name, BlockLayout(num_layers=1, num_kv_heads=1, head_dim=64, block_size=16), 1, "cpu")
+    deadline, first = time.monotonic() + 60 * minutes, seed
+    while time.monotonic() < deadline:
+        generator = torch.Generator().manual_seed(seed)
+        case = random_case(generator)
+        try:
+            compare(backend, case, generator)
+        except AssertionError as error:
+            raise click.ClickException(f"seed {seed}: {case}\n{error}") from error
+        seed += 1
+    click.echo(f"{seed - first} random cases agree")
+
+
+if __name__ == "__main__":
+    main()
