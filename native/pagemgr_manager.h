@@ -5,12 +5,13 @@
  * runs where there is no compiler. A function that meets what it does not handle says so and has changed nothing.
  */
 
-enum pagemgr_manager_version { PAGEMGR_MANAGER_VERSION = 1 };
+enum pagemgr_manager_version { PAGEMGR_MANAGER_VERSION = 2 };
 
 /* Blocks of one tier by name: open addressing with linear probing. */
 typedef struct {
     int32_t *slots;         /* [mask + 1]: a block, or -1 for empty; more slots than blocks */
     uint8_t *names;         /* [num_blocks, 32], of published blocks */
+    int32_t *parents;       /* [num_blocks]: the block before each published one, 0 before the first */
     int64_t mask;           /* a power of two, less 1 */
 } pagemgr_index;
 

@@ -57,6 +57,7 @@ class NativeIndex(PrefixIndex):
         self.struct = self._ffi.new("pagemgr_index *")
         self.struct.slots = self._ffi.from_buffer("int32_t[]", self._slots)
         self.struct.names = self._ffi.from_buffer("uint8_t[]", self.names)
+        self.struct.parents = self._ffi.from_buffer("int32_t[]", self.parents)
         self.struct.mask = len(self._slots) - 1
 
     def hash(self, parent: bytes, tokens: TokenArray) -> bytes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError, InvalidInput
-from .eviction import POLICIES
+from .eviction import names as policy_names
 from .layout import BlockLayout, DType
 from .native.build import DEFAULT_CACHE_DIR
 from .sources import Source, explain, from_environ, from_file, from_flags, leaves, merge, nested, refuse_unknown
@@ -67,8 +67,8 @@ def _no_bool(value: object) -> None:
 
 
 def _known_policy(name: str) -> None:
-    if name not in POLICIES:
-        raise InvalidInput(f"must be one of {', '.join(sorted(POLICIES))}")
+    if name not in policy_names():
+        raise InvalidInput(f"must be one of {', '.join(policy_names())}")
 
 
 def _known_device(name: str) -> None:
@@ -168,7 +168,7 @@ class EvictionConfig(_Section):
     """Which cached blocks are given up first."""
 
     policy: Annotated[str, AfterValidator(_checked(_known_policy))] = "lru"
-    """Name of the eviction policy; "lru" takes the least recently released block first."""
+    """Name of the eviction policy: lru, lfu, s3fifo, hit_density, or one from the entry points of pagemgr.eviction."""
 
 
 class MetricsConfig(_Section):

@@ -117,7 +117,7 @@ class BlockPool:
         self.counts[CACHED] -= len(evicted)
         self.counts[OPEN] += len(blocks)
         if len(evicted):
-            self.policy.remove(evicted)
+            self.policy.evict(evicted)
             self.published[evicted] = False
         self.refs[blocks] = 1
         self.state[blocks] = OPEN
@@ -133,7 +133,7 @@ class BlockPool:
             raise InternalError(f"reference to {self.tier} blocks that hold nothing: {nothing}")
         idle = states >= CACHED
         if idle.any():
-            self.policy.remove(blocks[states == CACHED])
+            self.policy.hit(blocks[states == CACHED])
             back = np.where(self.published[blocks[idle]], FULL, OPEN)
             self._recount(blocks[idle], states[idle], back)
         self.refs[blocks] += times

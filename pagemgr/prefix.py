@@ -76,6 +76,8 @@ class PrefixIndex:
         self.tokens = np.zeros((num_blocks, block_size), dtype=np.int32)
         """Committed token ids by block and offset; what lies beyond a sequence's end is stale."""
         self.names = np.zeros((num_blocks, DIGEST_BYTES), dtype=np.uint8)
+        self.parents = np.zeros(num_blocks, dtype=np.int32)
+        """The block before each published one in its prefix, the null block before the first."""
         self._blocks: dict[bytes, int] = {}
 
     def hash(self, parent: bytes, tokens: TokenArray) -> bytes:

@@ -134,7 +134,8 @@ def commit_step(plan: Plan, ids: TokenArray | None, tier: Tier, table: SequenceT
     full = last[filled] - first[filled]
     owners, columns = np.repeat(rows[filled], full), np.repeat(first[filled], full) + ramp(full)
     own = table.blocks[owners, columns]
-    kept = tier.publish(own, b"".join(names))
+    parents = np.where(columns > 0, table.blocks[owners, columns - 1], NULL_BLOCK)
+    kept = tier.publish(own, b"".join(names), parents)
     share_duplicates(tier, table, owners, columns, own, kept, fences)
     return int(np.count_nonzero(kept != own))
 

@@ -7,10 +7,13 @@ shared again in the target; one whose name the target holds is not copied at all
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from .errors import InternalError
 from .eviction import Blocks
+from .layout import NULL_BLOCK
 from .plan import Copies, Ints, Transfer
 from .pool import Fence, tally
 from .sequences import IDLE, MOVING, SequenceTable
@@ -61,7 +64,10 @@ def finish(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fe
     table.tier[transfer.rows] = tiers.index(target)
     table.last_step[transfer.rows] = IDLE
     source.pool.release(*leaving, fences)
-    kept = target.publish(*transfer.names)
+    before = {b: a for blocks in transfer.moved for a, b in pairwise(blocks.tolist())}
+    blocks, names = transfer.names
+    parents = np.array([before.get(block, NULL_BLOCK) for block in blocks.tolist()], dtype=np.int32)
+    kept = target.publish(blocks, names, parents)
     for block, other in zip(transfer.names[0].tolist(), kept.tolist(), strict=True):
         if other != block:
             _replace(target, table, transfer.rows, block, other, fences)

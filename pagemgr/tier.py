@@ -17,8 +17,8 @@ class Tier:
 
     def __init__(self, name: str, num_blocks: int, policy: str, index: PrefixIndex) -> None:
         self.name = name
-        self.pool = BlockPool(num_blocks, make_policy(policy, num_blocks), name)
         self.index = index
+        self.pool = BlockPool(num_blocks, make_policy(policy, num_blocks, index), name)
         self.digest = 0
         """Running checksum of every block given out or shared, in order: equal on ranks that decided alike."""
 
@@ -36,10 +36,16 @@ class Tier:
         """These blocks were given out or shared, in this order."""
         self.digest = crc32(blocks.tobytes(), self.digest)
 
-    def publish(self, blocks: Blocks, names: bytes) -> Blocks:
-        """Make open blocks full under these names. Returns who stands for each name: the block, or one that did."""
+    def publish(self, blocks: Blocks, names: bytes, parents: Blocks) -> Blocks:
+        """Make open blocks full under these names. Returns who stands for each name: the block, or one that did.
+
+        ``parents[i]`` is the block before ``blocks[i]`` in its prefix, which may be one of ``blocks`` itself.
+        """
         kept = self.index.publish(blocks, names)
-        self.pool.seal(blocks[kept == blocks])
+        new = kept == blocks
+        stands = dict(zip(blocks[~new].tolist(), kept[~new].tolist(), strict=True))
+        self.index.parents[blocks[new]] = [stands.get(parent, parent) for parent in parents[new].tolist()]
+        self.pool.seal(blocks[new])
         return kept
 
     def check(self, references: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:

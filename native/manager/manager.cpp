@@ -119,6 +119,7 @@ int64_t pagemgr_manager_commit(
         const int64_t first = m.committed[row] / size;
         m.committed[row] += end - begin;
         int32_t *const blocks = m.blocks + row * m.width;
+        int32_t before = first ? blocks[first - 1] : 0;
         const uint8_t *parent = first ? m.index.names + int64_t{blocks[first - 1]} * kDigestBytes : m.roots + row * kDigestBytes;
         for (int64_t column = first; column < m.committed[row] / size; ++column) {
             const int32_t own = blocks[column];
@@ -127,11 +128,13 @@ int64_t pagemgr_manager_commit(
             if (kept == own) {
                 m.state[own] = kFull;
                 m.published[own] = 1;
+                m.index.parents[own] = before;
                 ++sealed;
             } else {
                 int64_t *const entry = duplicates + 4 * found++;
                 entry[0] = row, entry[1] = column, entry[2] = own, entry[3] = kept;
             }
+            before = kept;
             parent = m.index.names + int64_t{kept} * kDigestBytes;
         }
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,40 +11,101 @@ from rich.console import Console
 from rich.progress import track
 
 from pagemgr.config import parse_bytes
-from pagemgr.eviction import POLICIES
+from pagemgr.eviction import names
 from pagemgr.replay import Replay, Sample, replay
 from pagemgr.traces import read_trace
 
+from .comparison import compare, draw
 from .output import print_json, print_table
+from .picture import require_matplotlib
 
+ALL = "all"
 BAR = 40
 ROWS = 12
 
 
 @click.command("replay")
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False))
-@click.option("--blocks", type=click.IntRange(min=1), required=True, help="Usable blocks of the pool.")
+@click.option(
+    "--blocks",
+    type=click.IntRange(min=1),
+    required=True,
+    multiple=True,
+    help="Usable blocks of the pool; several, to compare.",
+)
 @click.option("--block-size", type=click.IntRange(min=1), required=True, help="Tokens of a block.")
 @click.option(
-    "--policy", type=click.Choice(sorted(POLICIES)), default="lru", show_default=True, help="Eviction policy."
+    "--policy",
+    "policies",
+    default=("lru",),
+    show_default=True,
+    multiple=True,
+    help=f"Eviction policy: {', '.join(names())}; several or {ALL}, to compare.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Where to draw the comparison, a PNG: hit ratio against blocks.",
 )
 @click.option(
     "--with-data", is_flag=True, help="Give blocks real contents, move them to the host and back, and compare."
 )
 @click.option("--token-bytes", default="128KiB", show_default=True, help="K and V of a token: an 8B model's in bf16.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.pass_context
 def command(
-    trace: str, blocks: int, block_size: int, policy: str, with_data: bool, token_bytes: str, as_json: bool
+    ctx: click.Context,
+    trace: str,
+    blocks: tuple[int, ...],
+    block_size: int,
+    policies: tuple[str, ...],
+    picture: Path | None,
+    with_data: bool,
+    token_bytes: str,
+    as_json: bool,
 ) -> None:
     """Replay TRACE, one request at a time from a cold cache, and see what the pool makes of it.
 
     TRACE is JSON lines, gzipped or not, in the schema of Mooncake, of the agentic coding traces, or of Azure's lengths.
+    Several policies or pool sizes are compared by hit ratio, beside the best that was possible: Belady's optimum.
     """
+    for name in policies:
+        if name not in (ALL, *names()):
+            raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}", ctx, param_hint="--policy")
+    chosen = names() if ALL in policies else list(dict.fromkeys(policies))
+    if len(chosen) == len(blocks) == 1 and picture is None:
+        _replay_one(trace, blocks[0], block_size, chosen[0], with_data, parse_bytes(token_bytes), as_json)
+        return
+    if with_data:
+        raise click.BadParameter(
+            "compares bytes, not policies: give one --policy and one --blocks", ctx, None, "--with-data"
+        )
+    if picture is not None:
+        require_matplotlib()
+    comparison = compare(read_trace(trace), sorted(set(blocks)), block_size, chosen)
+    if picture is not None:
+        draw(picture, f"{Path(trace).name}, blocks of {block_size} tokens", comparison)
+    if as_json:
+        print_json(
+            {
+                "trace": trace,
+                "block_size": block_size,
+                "blocks": comparison.blocks,
+                "hit_ratio": dict(comparison.ratios),
+            }
+        )
+    else:
+        title = f"{trace}: hit ratio by usable blocks (and how much of the gap to the optimum it closes)"
+        print_table(title, ("policy", *(f"{size:,}" for size in comparison.blocks)), comparison.rows())
+
+
+def _replay_one(
+    trace: str, blocks: int, block_size: int, policy: str, with_data: bool, token_bytes: int, as_json: bool
+) -> None:
     requests = read_trace(trace)
-    size = parse_bytes(token_bytes)
     progress = track(requests, description="replaying", console=Console(stderr=True), transient=True)
     result = replay(progress, blocks, block_size, policy, with_data)
-    summary = dict(_summary(result, size, policy))
+    summary = dict(_summary(result, token_bytes, policy))
     if as_json:
         over_time = [
             {"timestamp": s.timestamp, "used": s.used, "cached": s.cached, "free": s.free} for s in result.samples

@@ -28,7 +28,7 @@ LAYERS = (
     ("pagemgr",),  # the names it exports
     ("metrics",),
     ("integrations", "traces", "workload"),
-    ("replay",),
+    ("replay", "optimum"),
     ("cli",),
     ("__main__",),
 )

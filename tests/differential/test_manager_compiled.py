@@ -10,6 +10,7 @@ import pytest
 
 from pagemgr import accelerator
 from pagemgr.errors import BackendUnavailable, PagemgrError
+from pagemgr.eviction import names
 from pagemgr.manager import BlockManager
 from pagemgr.native.build import DEFAULT_CACHE_DIR, recipe
 from pagemgr.prefix import Namespace, PrefixIndex, hash_blocks
@@ -38,6 +39,7 @@ def state(manager: BlockManager) -> dict[str, bytes | object]:
         arrays["order of eviction"] = pool.policy.victims(pool.counts[4])
         arrays["tokens"] = tier.index.tokens
         arrays["names"] = tier.index.names[pool.published]
+        arrays["parents"] = tier.index.parents[pool.published]
         found |= {f"{tier.name} {name}": array.tobytes() for name, array in arrays.items()}
         found[f"{tier.name} counts"] = list(pool.counts)
     found["stats"] = manager.stats()
@@ -121,7 +123,13 @@ def drive(pair: Pair, rng: np.random.Generator, steps: int) -> None:
 def test_same_calls_same_state(seed: int, block_size: int) -> None:
     library()
     rng = np.random.default_rng([seed, block_size])
-    pair = Pair(num_blocks=int(rng.integers(8, 40)), block_size=block_size, max_sequences=10, num_host_blocks=24)
+    pair = Pair(
+        num_blocks=int(rng.integers(8, 40)),
+        block_size=block_size,
+        max_sequences=10,
+        num_host_blocks=24,
+        eviction=names()[seed % 4],
+    )
     drive(pair, rng, 250)
 
 

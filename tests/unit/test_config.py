@@ -87,7 +87,7 @@ def test_it_is_frozen() -> None:
         ({"model": MODEL | {"dtype": "fp8"}}, "model.dtype = 'fp8': must be 'float32', 'float16' or 'bfloat16'"),
         ({"model": {"num_layers": 2, "head_dim": 8}}, "model.num_kv_heads: is required"),
         ({"device": "gpu"}, "device = 'gpu': must be auto, cpu, cuda or cuda:N"),
-        ({"eviction": {"policy": "fifo"}}, "eviction.policy = 'fifo': must be one of lru"),
+        ({"eviction": {"policy": "fifo"}}, "eviction.policy = 'fifo': must be one of lru, lfu, s3fifo, hit_density"),
         ({"metrics": {"port": 65536}}, "metrics.port = 65536: must be less than or equal to 65535"),
         ({"metrics": {"host": ""}}, "metrics.host = '': must have at least 1 character"),
         ({"metrics": {"prot": 1}}, "metrics.prot: unknown key, did you mean metrics.port?"),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemgr.errors import ConfigError
-from pagemgr.eviction import LRU, POLICIES, make_policy
+from pagemgr.eviction import LRU, make_policy, names
+from pagemgr.prefix import PrefixIndex
 
 BLOCKS = 12
 SOME = st.lists(st.integers(1, BLOCKS - 1), max_size=BLOCKS, unique=True)
@@ -26,7 +27,7 @@ def agree(policy: LRU, order: OrderedDict[int, None]) -> None:
         assert policy.victims(count).tolist() == expected[:count]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["insert", "remove", "evict"]), SOME), max_size=80))
+@given(st.lists(st.tuples(st.sampled_from(["insert", "hit", "evict"]), SOME), max_size=80))
 def test_lru_is_an_ordered_dict(calls: list[tuple[str, list[int]]]) -> None:
     policy, order = LRU(BLOCKS), OrderedDict[int, None]()
     for verb, blocks in calls:
@@ -36,8 +37,8 @@ def test_lru_is_an_ordered_dict(calls: list[tuple[str, list[int]]]) -> None:
             order.update(dict.fromkeys(new))
         else:
             old = [block for block in blocks if block in order]
-            gone = ids(old) if verb == "remove" else policy.victims(len(old))
-            policy.remove(gone)
+            gone = ids(old) if verb == "hit" else policy.victims(len(old))
+            policy.hit(gone)
             for block in gone.tolist():
                 del order[block]
         agree(policy, order)
@@ -56,7 +57,7 @@ def test_the_order_survives_compaction(seed: int, size: int) -> None:
         order.update(dict.fromkeys(new.tolist()))
         released += max(len(new), 1)
         hit = [block for block in order if rng.random() < 0.6]
-        policy.remove(ids(hit))
+        policy.hit(ids(hit))
         for block in hit:
             del order[block]
         agree(policy, order)
@@ -65,7 +66,7 @@ def test_the_order_survives_compaction(seed: int, size: int) -> None:
 def test_victims_far_behind_dead_entries() -> None:
     policy = LRU(1000)
     policy.insert(np.arange(1, 1000, dtype=np.int32))
-    policy.remove(np.arange(1, 998, dtype=np.int32))
+    policy.hit(np.arange(1, 998, dtype=np.int32))
     assert policy.victims(1).tolist() == [998]
     assert policy.victims(2).tolist() == [998, 999]
     policy.insert(ids([5]))
@@ -73,7 +74,7 @@ def test_victims_far_behind_dead_entries() -> None:
 
 
 def test_a_policy_is_made_by_name() -> None:
-    assert isinstance(make_policy("lru", 4), LRU)
+    assert isinstance(make_policy("lru", 4, PrefixIndex(4, 4)), LRU)
     with pytest.raises(ConfigError) as raised:
-        make_policy("fifo", 4)
-    assert all(name in str(raised.value) for name in ("fifo", *POLICIES))
+        make_policy("fifo", 4, PrefixIndex(4, 4))
+    assert all(name in str(raised.value) for name in ("fifo", *names()))

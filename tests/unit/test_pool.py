@@ -255,7 +255,7 @@ def _break(name: str, index: int, value: int) -> Callable[[BlockPool], None]:
         (_break("published", 2, False), "full and cached are published"),
         (_break("published", 1, True), "free and open are not"),
         (_break("pending", 4, 2), "pending counts fences"),
-        (lambda pool: pool.policy.remove(ids(2)), "the policy holds the cached blocks"),
+        (lambda pool: pool.policy.hit(ids(2)), "the policy holds the cached blocks"),
         (lambda pool: pool._fences.clear(), "pending counts fences"),
     ],
 )

@@ -1,32 +1,10 @@
-"""Which cached block goes first. A policy orders blocks; it never decides whether a block may go."""
+"""Least recently released first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 import numpy as np
-import numpy.typing as npt
 
-from .errors import ConfigError
-
-Blocks = npt.NDArray[np.int32]
-
-
-class EvictionPolicy(Protocol):
-    """Orders the cached blocks of one tier.
-
-    The pool hands over blocks leaf first (children before parents), and only blocks that nobody references.
-    """
-
-    def insert(self, blocks: Blocks) -> None:
-        """These blocks became evictable, in this order."""
-
-    def remove(self, blocks: Blocks) -> None:
-        """These blocks are no longer evictable: they were hit or evicted."""
-
-    def victims(self, count: int) -> Blocks:
-        """The ``count`` blocks to evict first, in order. Pure: nothing changes until ``remove``."""
+from .interface import Blocks
 
 
 class LRU:
@@ -51,7 +29,11 @@ class LRU:
         self._position[blocks] = np.arange(self._tail, end)
         self._tail = end
 
-    def remove(self, blocks: Blocks) -> None:
+    def hit(self, blocks: Blocks) -> None:
+        """Orphan the log entries of these blocks."""
+        self._position[blocks] = -1
+
+    def evict(self, blocks: Blocks) -> None:
         """Orphan the log entries of these blocks."""
         self._position[blocks] = -1
 
@@ -79,15 +61,3 @@ class LRU:
         self._head, self._tail = 0, len(live)
         self._log[: len(live)] = live
         self._position[live] = np.arange(len(live))
-
-
-POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"lru": LRU}
-"""Policies by the name that config uses; each is made with the number of blocks of its tier."""
-
-
-def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
-    """The policy called ``name``; ``ConfigError`` lists the names there are."""
-    try:
-        return POLICIES[name](num_blocks)
-    except KeyError:
-        raise ConfigError(f"eviction.policy {name!r} is unknown; there are: {', '.join(sorted(POLICIES))}") from None
