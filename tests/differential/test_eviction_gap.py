@@ -28,17 +28,14 @@ def trace(name: str, block_size: int) -> tuple[list[Request], list[Visit]]:
     ("name", "block_size", "blocks", "closed"),
     [
         ("mooncake_conversation_dev", 512, 2000, 0.15),
-        ("mooncake_conversation_dev", 512, 5000, 0.13),
         ("mooncake_conversation_dev", 512, 20_000, 0.0),
-        ("mooncake_conversation_dev", 512, 50_000, None),
         ("agentic_coding_dev", 64, 5000, 0.4),
-        ("agentic_coding_dev", 64, 20_000, 0.0),
     ],
 )
-def test_share_of_the_gap(name: str, block_size: int, blocks: int, closed: float | None) -> None:
+def test_share_of_the_gap(name: str, block_size: int, blocks: int, closed: float) -> None:
+    """A sample of the capacities, as each takes half a minute; ``pagemgr replay --policy all`` prints any."""
     requests, trace_ = trace(name, block_size)
     lru, found = (replay(requests, blocks, block_size, policy).stats.hit_ratio for policy in ("lru", "hit_density"))
     best = optimum(trace_, blocks, block_size)
     assert lru - NO_WORSE <= found <= best
-    if closed is not None:
-        assert found - lru >= closed * (best - lru), (lru, found, best)
+    assert found - lru >= closed * (best - lru), (lru, found, best)
