@@ -192,6 +192,16 @@ class BlockPool:
         self.state[blocks] = FULL
         self.count_sealed(len(blocks))
 
+    def retract(self, blocks: Blocks) -> None:
+        """Published blocks no longer are: full ones become open, cached ones free, and fenced ones will be free."""
+        states = self.state[blocks]
+        full, cached = blocks[states == FULL], blocks[states == CACHED]
+        self.published[blocks] = False
+        self.count_sealed(-len(full))
+        self.state[full] = OPEN
+        self.policy.evict(cached)
+        self._settle(cached)
+
     def poll(self) -> None:
         """Let go of the blocks whose fences have passed. If a fence raises, nothing has changed."""
         if not self._fences:

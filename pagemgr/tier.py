@@ -8,7 +8,8 @@ import numpy as np
 
 from .errors import InternalError
 from .eviction import Blocks, make_policy
-from .pool import BlockPool, Ints
+from .ids import TokenArray
+from .pool import BlockPool, BlockState, Ints
 from .prefix import PrefixIndex
 
 
@@ -47,6 +48,31 @@ class Tier:
         self.index.parents[blocks[new]] = [stands.get(parent, parent) for parent in parents[new].tolist()]
         self.pool.seal(blocks[new])
         return kept
+
+    def retract(self, blocks: Blocks) -> None:
+        """Published blocks lose their names: nobody finds them any more."""
+        self.index.forget(blocks)
+        self.pool.retract(blocks)
+
+    def clear(self) -> int:
+        """Forget what nobody holds; returns how many blocks that were."""
+        cached = self.pool.policy.victims(self.pool.counts[BlockState.cached])
+        self.retract(cached)
+        return len(cached)
+
+    def tail(self, parent: bytes, tokens: TokenArray) -> tuple[int, int]:
+        """A published block that follows the prefix named ``parent``, and how many of its leading tokens are these.
+
+        The second is 0 if none is known.
+        """
+        block = self.index.head(parent, int(tokens[0]))
+        if block < 0 or not self.pool.published[block]:
+            return block, 0
+        held = self.index.tokens[block]
+        if self.index.hash(parent, held) != self.index.names[block].tobytes():
+            return block, 0
+        alike = held[: len(tokens)] == tokens
+        return block, len(tokens) if alike.all() else int(np.argmin(alike))
 
     def check(self, references: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         """Raise ``InternalError`` unless pool and index are sound and agree."""
