@@ -26,6 +26,7 @@ from .stats import Counters, Stats
 from .steps import StepFence
 from .tier import Tier
 from .verb import Verb
+from .watch import CHECKS, HISTORY
 
 DEVICE, HOST = 0, 1
 HOST_CACHES = ("off", "inclusive", "exclusive")
@@ -54,6 +55,7 @@ class Assembly:
         verify_hits: bool = False,
         secret: bytes = b"",
         eviction: str = "lru",
+        debug: int = CHECKS,
         compiled: bool = True,
         cache_dir: str = DEFAULT_CACHE_DIR,
     ) -> None:
@@ -70,7 +72,9 @@ class Assembly:
         self.block_size, self.rollback, self.watermark = block_size, rollback, watermark
         self.prefix_caching, self.verify_hits, self._secret = prefix_caching, verify_hits, secret
         sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
-        library = accelerator.load(cache_dir) if compiled else None
+        if debug not in range(HISTORY + 1):
+            raise InvalidInput(f"debug must be from 0 to {HISTORY}, got {debug}")
+        library = accelerator.load(cache_dir) if compiled and debug < HISTORY else None
         self.events = EventLog()
         self.tiers = tuple(
             Tier(
@@ -79,6 +83,7 @@ class Assembly:
                 eviction,
                 accelerator.NativeIndex(size, block_size, library) if library else PrefixIndex(size, block_size),
                 self.events,
+                debug,
             )
             for name, size in sizes.items()
         )

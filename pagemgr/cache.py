@@ -144,10 +144,12 @@ class PagedKVCache:
             verify_hits=config.prefix.verify_hits,
             secret=config.prefix.secret.get_secret_value().encode() if config.prefix.secret else b"",
             eviction=config.eviction.policy,
+            debug=config.debug.level,
             cache_dir=config.native.cache_dir,
         )
         sizes = {tier.name: tier.pool.num_blocks for tier in self.manager.tiers}
-        self.storage = Storage(self.layout, sizes, self.device, self.backend)
+        watches = {tier.name: tier.pool.watch for tier in self.manager.tiers if tier.pool.watch is not None}
+        self.storage = Storage(self.layout, sizes, self.device, self.backend, watches)
         self._places = {
             layer: (number, self.storage.layers[place])
             for number, group in enumerate(self.groups)
@@ -204,6 +206,7 @@ class PagedKVCache:
 
     def step(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Step:
         """Reserve slots for the new tokens of a batch, for all of it or none; see ``BlockManager.reserve``."""
+        self.storage.audit()
         plan = self.manager.reserve(sequences, tokens)
         try:
             self.storage.execute(plan.copies)

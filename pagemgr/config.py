@@ -232,6 +232,14 @@ class NativeConfig(_Section):
     """Folder that keeps the libraries that are built on first use."""
 
 
+class DebugConfig(_Section):
+    """How closely the pool is watched."""
+
+    level: Annotated[Whole, Field(le=3)] = 1
+    """0 counts only; 1 checks in constant time; 2 poisons freed blocks and sees that nobody writes to them; 3 reuses
+    blocks as late as can be and tells what happened to them."""
+
+
 class Config(_Section):
     """All settings of one cache."""
 
@@ -246,6 +254,7 @@ class Config(_Section):
     eviction: EvictionConfig = EvictionConfig()
     metrics: MetricsConfig = MetricsConfig()
     native: NativeConfig = NativeConfig()
+    debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

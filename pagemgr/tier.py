@@ -25,11 +25,13 @@ Origin = tuple[str, str] | None
 class Tier:
     """Pool and index, kept in agreement: a block that is given out anew loses its name."""
 
-    def __init__(self, name: str, num_blocks: int, policy: str, index: PrefixIndex, events: EventLog) -> None:
+    def __init__(
+        self, name: str, num_blocks: int, policy: str, index: PrefixIndex, events: EventLog, debug: int
+    ) -> None:
         self.name = name
         self.events = events
         self.index = index
-        self.pool = BlockPool(num_blocks, make_policy(policy, num_blocks, index), name)
+        self.pool = BlockPool(num_blocks, make_policy(policy, num_blocks, index), name, debug)
         self.digest = 0
         """Running checksum of every block given out or shared, in order: equal on ranks that decided alike."""
 

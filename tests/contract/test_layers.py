@@ -17,6 +17,7 @@ LAYERS = (
     ("events",),
     ("layout", "eviction", "stats", "sources", "ids"),
     ("native",),
+    ("watch",),
     ("plan", "pool", "prefix", "config"),
     ("sequences", "tier"),
     ("admission", "preemption", "pins", "swapping", "verb"),
@@ -39,12 +40,12 @@ LAYERS = (
 
 # Narrower than the rows: these load nothing of pagemgr but this. (Types of a row below may be named by anyone.)
 ONLY = {
-    "pool": {"errors", "layout", "eviction"},
+    "pool": {"errors", "layout", "eviction", "watch"},
     "prefix": {"errors", "eviction", "ids"},
     "batch": {"errors", "plan"},
     "native": {"errors"},
     "backends": {"errors", "layout", "batch", "native"},
-    "storage": {"errors", "layout", "plan", "pool", "backends"},
+    "storage": {"errors", "layout", "plan", "pool", "backends", "watch"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
 
