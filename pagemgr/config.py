@@ -30,7 +30,7 @@ from pydantic import (
 
 from .errors import ConfigError, InvalidInput
 from .eviction import names as policy_names
-from .layout import BlockLayout, DType, LayerGroup, group_layers
+from .layout import BlockLayout, DType, KVDType, LayerGroup, group_layers
 from .native.build import DEFAULT_CACHE_DIR
 from .sources import Source, explain, from_environ, from_file, from_flags, leaves, merge, nested, refuse_unknown
 
@@ -135,7 +135,10 @@ class ModelConfig(_Section):
     num_q_heads: Count = Field(default_factory=lambda data: data.get("num_kv_heads", 1))
     """Query heads of a layer, on this rank: a multiple of num_kv_heads, and equal to it unless given."""
     dtype: DType = DType.float32
-    """Element type of K and V."""
+    """Element type of queries, keys, values and outputs."""
+    kv_dtype: KVDType = KVDType.auto
+    """Element type that K and V are stored as: auto, which is dtype, or a quantised one of one byte with a scale for
+    each token and head, set when it is written."""
     windows: Windows = ()
     """Tokens that each layer sees, 0 for all; a shorter list repeats: 512,512,512,512,512,0 is five layers with a
     sliding window for each with full attention. Layers that keep the same tokens share blocks. Full attention unless
@@ -148,9 +151,11 @@ class ModelConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _groups_are_whole(self) -> Self:
+    def _heads_fit(self) -> Self:
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads = {self.num_q_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.kv_dtype is not KVDType.auto and self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd, which kv_dtype = {self.kv_dtype.value!r} cannot be")
         return self
 
 
@@ -284,7 +289,9 @@ class Config(_Section):
     def layout(self) -> BlockLayout:
         """Shape and bytes of one block, which holds the layers of one group."""
         model, layers = self.model, len(self.layer_groups[0].layers)
-        return BlockLayout(layers, model.num_kv_heads, model.head_dim, self.pool.block_size, model.dtype)
+        return BlockLayout(
+            layers, model.num_kv_heads, model.head_dim, self.pool.block_size, model.dtype, model.kv_dtype
+        )
 
     def resolve_num_blocks(self, free_device_bytes: int | None = None) -> int:
         """Blocks of the device tier, the null block included.

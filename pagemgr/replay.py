@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .backends import KVLayer
 from .cache import PagedKVCache, Step
 from .config import Config, EvictionConfig, ModelConfig, PoolConfig
 from .errors import InternalError
@@ -104,8 +105,9 @@ class _Contents:
         table = self.cache.manager.table
         tier = self.cache.manager.tiers[table.tier[sequence.row]].name
         blocks = torch.from_numpy(table.blocks[sequence.row, : table.num_blocks[sequence.row]].astype(np.int64))
-        held = self.cache.storage.tiers[tier][blocks, 0, :, 0, :, 0].view(torch.int32).numpy()
-        found = held.swapaxes(0, 1).reshape(2, -1)[:, : len(tokens)]
+        kv = KVLayer.of(self.cache.storage.tiers[tier][:, 0], torch.int32, self.cache.layout.shape)
+        held = torch.stack([part[blocks].flatten() for part in (kv.key, kv.value)])
+        found = held.numpy()[:, : len(tokens)]
         if not np.array_equal(found, np.stack([tokens, np.arange(len(tokens), dtype=np.int32)])):
             raise InternalError(f"a sequence of {len(tokens)} tokens does not hold in {tier} what was written")
         self.compared += len(tokens)

@@ -20,7 +20,7 @@ _POISON = 0xFF
 
 
 class Storage:
-    """Tensors ``[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``, by tier.
+    """Bytes, uint8 ``[num_blocks, num_layers, layer_bytes]``, by tier; ``KVLayer.of`` shows what they hold.
 
     The device tier lives on ``device``, every other in host memory, pinned where the device is a GPU. Nothing is
     initialised but the null block: what was never written may be anything.
@@ -38,17 +38,18 @@ class Storage:
         self._watches = watches
         self.device = device
         self._backend = backend
-        dtype = getattr(torch, layout.dtype.value)
         self.tiers: dict[str, torch.Tensor] = {}
         for name, blocks in num_blocks.items():
-            shape = (blocks, *layout.shape)
-            on_host = name != "device"
+            shape, on_host = (blocks, layout.num_layers, layout.layer_bytes), name != "device"
             self.tiers[name] = torch.empty(
-                shape, dtype=dtype, device="cpu" if on_host else device, pin_memory=on_host and device.type == "cuda"
+                shape,
+                dtype=torch.uint8,
+                device="cpu" if on_host else device,
+                pin_memory=on_host and device.type == "cuda",
             )
             self.tiers[name][NULL_BLOCK] = 0
-        pool = self.tiers["device"]
-        self.layers = tuple(KVLayer(pool[:, i, 0], pool[:, i, 1]) for i in range(layout.num_layers))
+        stored = getattr(torch, layout.stored)
+        self.layers = tuple(KVLayer.of(layer, stored, layout.shape) for layer in self.tiers["device"].unbind(1))
         """Views of the device tier, one for each layer."""
 
     def execute(self, copies: Sequence[Copies]) -> Fence | None:

@@ -21,7 +21,7 @@ def paged_cache(
 ) -> PagedCache:
     """A pool full of NaN: whatever was not written would show."""
     cache = PagedCache.for_model(model, backend, num_blocks=slots // block_size + 1, block_size=block_size, **pool)
-    cache.pool.storage.tiers["device"][1:] = torch.nan
+    cache.pool.storage.tiers["device"][1:] = 0xFF  # NaN, whatever the type
     return cache
 
 

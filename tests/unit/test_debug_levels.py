@@ -53,7 +53,7 @@ def test_a_write_after_the_free_is_noticed_from_level_2(level: int) -> None:
     step = held.step([held.add()], [[5]])  # both blocks are poisoned by now, and one is given out
     block = 3 - int(step.plan.block_table[0, 0])
     step.abort()
-    held.storage.tiers["device"][block, 1, 0, 0, 1, 3] = 4.0
+    held.storage.layers[1].value[block, 0, 1, 3] = 4.0
     sequence = held.add()
     if level == 1:
         held.step([sequence], [[1, 2, 3]]).abort()
@@ -68,7 +68,7 @@ def test_a_write_after_the_free_is_noticed_from_level_2(level: int) -> None:
 @pytest.mark.parametrize("level", [2, 3])
 def test_a_write_to_the_null_block_is_noticed(level: int) -> None:
     held = cache(level)
-    held.storage.tiers["device"][0, 0] = 1.0
+    held.storage.layers[0].key[0, 0] = 1.0
     with pytest.raises(InternalError, match="the null block of device was written"):
         held.step([held.add()], [[1]])
 
