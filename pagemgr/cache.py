@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,7 @@ from .manager import BlockManager
 from .plan import Plan, Transfer
 from .pool import Fence
 from .prefix import Namespace
+from .recording import RecordingManager
 from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
@@ -117,7 +119,9 @@ class PagedKVCache:
             config.backend, self.layout, group_size, self.device, cache_dir=config.native.cache_dir
         )
         num_blocks = config.resolve_num_blocks(_free_bytes(self.device))
-        self.manager = BlockManager(
+        record = config.debug.record
+        make = BlockManager if record is None else partial(RecordingManager, record)
+        self.manager = make(
             num_blocks,
             self.layout.block_size,
             max_sequences=config.pool.max_sequences,

@@ -189,6 +189,13 @@ class NativeConfig(_Section):
     """Folder that keeps the libraries that are built on first use."""
 
 
+class DebugConfig(_Section):
+    """What helps to find out what went wrong."""
+
+    record: Name | None = None
+    """New file that every call of the manager is written to, for "pagemgr replay". It will hold all token ids."""
+
+
 class Config(_Section):
     """All settings of one cache."""
 
@@ -203,6 +210,7 @@ class Config(_Section):
     eviction: EvictionConfig = EvictionConfig()
     metrics: MetricsConfig = MetricsConfig()
     native: NativeConfig = NativeConfig()
+    debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

@@ -20,7 +20,8 @@ LAYERS = (
     ("sequences", "tier"),
     ("steps", "swapping"),
     ("checks", "accelerator"),
-    ("manager",),  # everything up to here loads no torch
+    ("manager",),
+    ("recording",),  # everything up to here loads no torch
     ("batch",),
     ("backends",),
     ("storage",),
