@@ -21,7 +21,7 @@ LAYERS = (
     ("steps", "swapping"),
     ("checks", "accelerator"),
     ("manager",),
-    ("recording",),  # everything up to here loads no torch
+    ("recording", "fuzz"),  # everything up to here loads no torch
     ("batch",),
     ("backends",),
     ("storage",),

@@ -9,10 +9,10 @@ import pytest
 from device import Device, Event, Reader, contents
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
-from model import Flight, Model, Move, Row
 from snapshot import differences, snapshot
 
 from pagemgr.errors import OutOfBlocks, OutOfSequences, PagemgrError, SequenceBusy, SequenceTooLong
+from pagemgr.fuzz.model import Flight, Model, Move, Row
 from pagemgr.manager import BlockManager
 from pagemgr.plan import Plan, Transfer
 from pagemgr.prefix import Namespace
