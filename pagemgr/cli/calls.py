@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import click
@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from pagemgr.recording import LogReplay, replay_log
 
-from .output import print_json, print_table
+from .output import counted, print_json, print_table
 
 
 def print_log(ctx: click.Context, path: str, as_json: bool) -> None:
@@ -35,15 +35,9 @@ def print_log(ctx: click.Context, path: str, as_json: bool) -> None:
 
 def _rows(found: LogReplay) -> Iterator[tuple[str, str]]:
     yield "manager", ", ".join(f"{name}={value}" for name, value in found.manager.items() if value is not None)
-    yield "calls", _counted(found.calls)
-    yield "failures", _counted(found.failures)
+    yield "calls", counted(found.calls)
+    yield "failures", counted(found.failures)
     usable = found.manager["num_blocks"] - 1
     yield "peak use", f"{found.peak_used:,} of {usable:,} blocks ({found.peak_used / usable:.1%})"
     if found.is_cut:
         yield "last line", "cut: passed over"
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    """The total, and by name the most frequent first."""
-    named = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-    return f"{sum(counts.values()):,}" + (f": {named}" if named else "")

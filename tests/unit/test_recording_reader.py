@@ -137,7 +137,7 @@ def test_the_command_knows_a_log_from_a_trace(small: Path) -> None:
     done = CliRunner().invoke(main, ["replay", str(small)])
     assert done.exit_code == 0, done.output
     assert "reproduced" in done.stdout.splitlines()
-    assert "9: add_many 2, reserve 2, commit 2, fork 2, free 1" in done.stdout
+    assert "9: add_many 2, commit 2, fork 2, reserve 2, free 1" in done.stdout
     assert "1: StaleSequence 1" in done.stdout
     assert "3 of 8 blocks" in done.stdout
     printed = json.loads(CliRunner().invoke(main, ["replay", str(small), "--json"]).stdout)
