@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +24,7 @@ from .pins import Pin
 from .plan import Plan, Transfer
 from .pool import Fence
 from .prefix import Namespace
+from .recording import RecordingManager
 from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
@@ -129,7 +131,9 @@ class PagedKVCache:
             config.backend, self.layout, group_size, self.device, cache_dir=config.native.cache_dir
         )
         num_blocks = config.resolve_num_blocks(_free_bytes(self.device))
-        self.manager = BlockManager(
+        record = config.debug.record
+        make = BlockManager if record is None else partial(RecordingManager, record)
+        self.manager = make(
             num_blocks,
             self.layout.block_size,
             max_sequences=config.pool.max_sequences,

@@ -238,11 +238,13 @@ class NativeConfig(_Section):
 
 
 class DebugConfig(_Section):
-    """How closely the pool is watched."""
+    """What helps to find out what went wrong."""
 
     level: Annotated[Whole, Field(le=3)] = 1
-    """0 counts only; 1 checks in constant time; 2 poisons freed blocks and sees that nobody writes to them; 3 reuses
-    blocks as late as can be and tells what happened to them."""
+    """How closely the pool is watched: 0 counts only; 1 checks in constant time; 2 poisons freed blocks and sees that
+    nobody writes to them; 3 reuses blocks as late as can be and tells what happened to them."""
+    record: Name | None = None
+    """New file that every call of the manager is written to, for "pagemgr replay". It will hold all token ids."""
 
 
 class Config(_Section):

@@ -14,7 +14,8 @@ from pagemgr.errors import OperatingError, UsageError
 COMMANDS = {
     "demo": "A chat-like workload through the real cache, and a picture of its memory.",
     "generate": "Generate text with a model whose K/V cache is pagemgr's.",
-    "replay": "Replay a trace of requests and see what the cache makes of it.",
+    "replay": "Replay a trace of requests, or the log of a manager's calls.",
+    "fuzz": "Call the block manager at random beside a naive model of it.",
     "config": "Show, describe or check the settings.",
     "build": "Compile the kernels for this machine before their first use.",
     "doctor": "What can run on this machine, and what to do about the rest.",

@@ -1,4 +1,4 @@
-"""``pagemgr replay``: what a pool of a given size would have made of a recorded trace."""
+"""``pagemgr replay``: what a pool of a given size would have made of a trace, or what came of a manager's calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from rich.progress import track
 from pagemgr.assembly import HOST_CACHES
 from pagemgr.config import Config, ModelConfig, PoolConfig, parse_bytes
 from pagemgr.eviction import names
+from pagemgr.recording import is_log
 from pagemgr.replay import Replay, Sample, replay
 from pagemgr.traces import read_trace
 
+from .calls import print_log
 from .comparison import compare, draw
 from .output import print_json, print_table
 from .picture import require_matplotlib
@@ -27,15 +29,14 @@ ROWS = 12
 
 
 @click.command("replay")
-@click.argument("trace", type=click.Path(exists=True, dir_okay=False))
+@click.argument("trace", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
 @click.option(
     "--blocks",
     type=click.IntRange(min=1),
-    required=True,
     multiple=True,
     help="Usable blocks of the pool; several, to compare.",
 )
-@click.option("--block-size", type=click.IntRange(min=1), required=True, help="Tokens of a block.")
+@click.option("--block-size", type=click.IntRange(min=1), help="Tokens of a block.")
 @click.option(
     "--policy",
     "policies",
@@ -74,7 +75,7 @@ def command(
     ctx: click.Context,
     trace: str,
     blocks: tuple[int, ...],
-    block_size: int,
+    block_size: int | None,
     policies: tuple[str, ...],
     picture: Path | None,
     with_data: bool,
@@ -85,11 +86,22 @@ def command(
     token_bytes: str,
     as_json: bool,
 ) -> None:
-    """Replay TRACE, one request at a time from a cold cache, and see what the pool makes of it.
+    """Replay a trace of requests, or the log of a manager's calls.
 
-    TRACE is JSON lines, gzipped or not, in the schema of Mooncake, of the agentic coding traces, or of Azure's lengths.
-    Several policies or pool sizes are compared by hit ratio, beside the best that was possible: Belady's optimum.
+    A trace is JSON lines, gzipped or not, in the schema of Mooncake, of the agentic coding traces, or of Azure's
+    lengths. Its requests run one at a time from a cold cache, in a pool of --blocks and --block-size. Several policies
+    or pool sizes are compared by hit ratio, beside the best that was possible: Belady's optimum.
+
+    A log is what debug.record wrote. Its calls are made again on a manager like the one that was recorded, and the exit
+    code is 1 if anything else came of one.
     """
+    if is_log(trace):
+        print_log(ctx, trace, as_json)
+        return
+    for name, value in (("--blocks", blocks), ("--block-size", block_size)):
+        if not value:
+            raise click.MissingParameter("A trace needs it.", ctx, param_hint=name, param_type="option")
+    assert block_size is not None
     for name in policies:
         if name not in (ALL, *names()):
             raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}", ctx, param_hint="--policy")

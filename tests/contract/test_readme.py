@@ -1,4 +1,4 @@
-"""The README's code runs, its commands exist, and its picture is there."""
+"""The README's code runs, its commands exist, and its picture is there; so are the tests that tests/README.md names."""
 
 from __future__ import annotations
 
@@ -43,3 +43,11 @@ def test_links_lead_somewhere(readme: str, root: Path) -> None:
 def test_example_is_short(readme: str) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert sum(bool(line.strip()) for line in example.splitlines()) <= 15
+
+
+def test_tests_that_are_named_exist(root: Path) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (root / "tests" / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 50
+    for file, name in named:
+        source = (root / "tests" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(def {name}\(|class {name}\b|{name}\b.*=)", source, re.MULTILINE), f"{file}::{name}"

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from pagemgr.errors import InvalidInput, OutOfBlocks, PagemgrError
 from pagemgr.manager import BlockManager
 from pagemgr.metrics import METRICS, Pool, PoolCollector, bytes_by_cause
+from pagemgr.prefix import Namespace
 from pagemgr.stats import Stats
 
 BLOCK_BYTES = 4 * 96
@@ -278,6 +279,20 @@ def test_a_pool_that_cannot_be_read_is_down_and_disturbs_nobody(caplog: pytest.L
     assert "the device is gone" in caplog.text
     fence.broken = False
     assert total(scrape(collector), "pagemgr_up", pool="broken") == 1
+
+
+def test_traffic_makes_no_series() -> None:
+    """Thousands of tenants, sequences and errors later there is not one more: nobody can fill a Prometheus server."""
+    manager = make_manager()
+    collector = PoolCollector(make_pool(manager))
+    before = set(scrape(collector))
+    for n in range(3000):
+        sequence = manager.add([n], Namespace(tenant=f"tenant {n}", adapter=f"adapter {n}", media=(b"%d" % n,)))
+        manager.commit(manager.reserve([sequence], [[n]]))
+        with pytest.raises(InvalidInput):
+            manager.fork(sequence, -n)
+        manager.free([sequence])
+    assert set(scrape(collector)) == before
 
 
 # Threads and time ---------------------------------------------------------------------------------------------------
