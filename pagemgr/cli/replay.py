@@ -28,6 +28,13 @@ BAR = 40
 ROWS = 12
 
 
+def _known(ctx: click.Context, _: click.Parameter, policies: tuple[str, ...]) -> tuple[str, ...]:
+    for name in policies:
+        if name not in (ALL, *names()):
+            raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}")
+    return policies
+
+
 @click.command("replay")
 @click.argument("trace", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
 @click.option(
@@ -43,6 +50,7 @@ ROWS = 12
     default=("lru",),
     show_default=True,
     multiple=True,
+    callback=_known,
     help=f"Eviction policy: {', '.join(names())}; several or {ALL}, to compare.",
 )
 @click.option(
@@ -102,9 +110,6 @@ def command(
         if not value:
             raise click.MissingParameter("A trace needs it.", ctx, param_hint=name, param_type="option")
     assert block_size is not None
-    for name in policies:
-        if name not in (ALL, *names()):
-            raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}", ctx, param_hint="--policy")
     chosen = names() if ALL in policies else list(dict.fromkeys(policies))
     model = ModelConfig(num_layers=num_layers, num_kv_heads=1, head_dim=1, windows=windows)  # type: ignore[arg-type]
     groups = Config(model=model, pool=PoolConfig(num_blocks=2)).layer_groups
@@ -120,9 +125,15 @@ def command(
         raise click.BadParameter(
             "compares bytes, not policies: give one --policy and one --blocks", ctx, None, "--with-data"
         )
+    _compare(trace, sorted(set(blocks)), block_size, chosen, picture, as_json)
+
+
+def _compare(
+    trace: str, blocks: list[int], block_size: int, policies: list[str], picture: Path | None, as_json: bool
+) -> None:
     if picture is not None:
         require_matplotlib()
-    comparison = compare(read_trace(trace), sorted(set(blocks)), block_size, chosen)
+    comparison = compare(read_trace(trace), blocks, block_size, policies)
     if picture is not None:
         draw(picture, f"{Path(trace).name}, blocks of {block_size} tokens", comparison)
     if as_json:
@@ -196,7 +207,7 @@ def _summary(result: Replay, token_bytes: int, policy: str) -> Iterator[tuple[st
     served = max(len(samples), 1)
     yield "held_over_uniform_ratio", round(result.held_slots / max(result.uniform_slots, 1), 4)
     yield "paged_bytes_per_request", result.held_slots * token_bytes // served
-    yield "contiguous_bytes_per_request", result.longest * token_bytes
+    yield "contiguous_bytes_per_request", result.longest * result.num_groups * token_bytes
     yield "contiguous_over_paged", round(result.contiguous_slots / max(result.held_slots, 1), 2)
     yield "compared_tokens", result.compared_tokens
     yield "invariant_violations", counters.invariant_violations
