@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +23,7 @@ from .prefix import Namespace
 from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
+from .timings import Mark, Timings
 
 _DEFAULT_PARAMS = AttentionParams()
 
@@ -29,11 +31,16 @@ _DEFAULT_PARAMS = AttentionParams()
 class Step:
     """One forward pass over a batch. Leaving its ``with`` block without ``commit`` aborts it: nothing has changed."""
 
-    def __init__(self, cache: PagedKVCache, plan: Plan, batch: PagedBatch, buffers: BatchBuffers) -> None:
+    def __init__(
+        self, cache: PagedKVCache, plan: Plan, batch: PagedBatch, buffers: BatchBuffers, start: Mark | None
+    ) -> None:
         self.plan = plan
         self.batch = batch
         self._cache = cache
         self._buffers: BatchBuffers | None = buffers
+        self._start = start
+        self._kind = "decode" if batch.max_query_len == 1 else "prefill"
+        self._timed_layer = plan.step % cache.layout.num_layers
 
     def attention(
         self,
@@ -67,14 +74,19 @@ class Step:
             shape = f"[{tokens}, multiple of {layout.num_kv_heads}, {layout.head_dim}]"
             raise InvalidInput(f"query must be {shape}, got {list(query.shape)}")
         kv = self._cache.storage.layers[layer]
-        backend = self._cache.backend
+        backend, timings = self._cache.backend, self._cache.timings
+        mark = timings.start() if layer == self._timed_layer else None
         backend.write_kv(key, value, kv, self.batch.slot_mapping)
-        return backend.attention(query, kv, self.batch, params, out, lse)
+        mark = timings.lap("kernel", "write_kv", mark, layer=layer)
+        result = backend.attention(query, kv, self.batch, params, out, lse)
+        timings.lap("kernel", self._kind, mark, layer=layer)
+        return result
 
     def commit(self, tokens: LateTokens = None) -> None:
         """Every layer has run. ``tokens`` as in ``BlockManager.commit``."""
         self._require_open()
         self._cache.manager.commit(self.plan, tokens)
+        self._cache.timings.lap("step", self._kind, self._start, step=self.plan.step)
         self._end()
 
     def abort(self) -> None:
@@ -128,7 +140,8 @@ class PagedKVCache:
             cache_dir=config.native.cache_dir,
         )
         sizes = {tier.name: tier.pool.num_blocks for tier in self.manager.tiers}
-        self.storage = Storage(self.layout, sizes, self.device, self.backend)
+        self.timings = Timings(self.device, config.metrics.timings)
+        self.storage = Storage(self.layout, sizes, self.device, self.backend, self.timings)
         self._idle_buffers: list[BatchBuffers] = []
 
     def add(self, prompt: Tokens = (), namespace: Namespace | None = None) -> Sequence:
@@ -143,11 +156,12 @@ class PagedKVCache:
 
     def step(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Step:
         """Reserve slots for the new tokens of a batch, for all of it or none; see ``BlockManager.reserve``."""
+        start = self.timings.start()
         plan = self.manager.reserve(sequences, tokens)
         try:
             self.storage.execute(plan.copies)
             buffers = self._idle_buffers.pop() if self._idle_buffers else self._make_buffers()
-            return Step(self, plan, buffers.fill(plan), buffers)
+            return Step(self, plan, buffers.fill(plan), buffers, start)
         except BaseException:
             self.manager.abort(plan)
             raise
@@ -177,8 +191,8 @@ class PagedKVCache:
         return int(self.manager.lengths([sequence])[0])
 
     def stats(self) -> Stats:
-        """One consistent snapshot."""
-        return self.manager.stats()
+        """One consistent snapshot, and how long things took."""
+        return replace(self.manager.stats(), timings=self.timings.snapshot())
 
     def reclaim(self, buffers: BatchBuffers) -> None:
         """A step ended: its tensors serve the next."""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+BUCKETS = (*(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5)), 10.0)
+"""Upper bounds of what a ``Histogram`` counts together, in seconds: 1, 2 and 5 of each power of ten, 1 µs to 10 s."""
 
 
 @dataclass(slots=True)
@@ -47,6 +54,38 @@ class Counters:
     """Calls refused for want of room, by reason."""
     invariant_violations: int = 0
     """Must stay 0."""
+
+
+class Exemplar(NamedTuple):
+    """One of the durations that a histogram counted, and where to read more about it."""
+
+    labels: dict[str, object]
+    seconds: float
+    timestamp: float
+    """Seconds since the epoch."""
+
+
+@dataclass(slots=True)
+class Histogram:
+    """How often something took how long."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    """Durations up to each of ``BUCKETS`` and above the one before; the last are those above all."""
+    sum: float = 0.0
+    """Seconds altogether."""
+    exemplars: list[Exemplar | None] = field(default_factory=lambda: [None] * (len(BUCKETS) + 1))
+    """The latest duration of each bucket."""
+
+    def add(self, seconds: float, labels: dict[str, object]) -> None:
+        """Count one duration."""
+        bucket = bisect_left(BUCKETS, seconds)
+        self.counts[bucket] += 1
+        self.sum += seconds
+        self.exemplars[bucket] = Exemplar(labels, seconds, time.time())
+
+    def copy(self) -> Histogram:
+        """As it is now."""
+        return Histogram(list(self.counts), self.sum, list(self.exemplars))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +139,8 @@ class Stats:
     steps_in_flight: int
     digest: str
     """Equal on ranks whose managers were called alike and decided alike."""
+    timings: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
+    """What was timed, by operation and kind: see ``pagemgr.timings``. Empty for a manager without a cache."""
 
     @property
     def device(self) -> TierStats:

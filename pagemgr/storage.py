@@ -11,6 +11,7 @@ from .backends.interface import Backend, KVLayer
 from .layout import NULL_BLOCK, BlockLayout
 from .plan import Copies
 from .pool import Fence
+from .timings import Timings, current_trace
 
 
 class Storage:
@@ -21,11 +22,17 @@ class Storage:
     """
 
     def __init__(
-        self, layout: BlockLayout, num_blocks: Mapping[str, int], device: torch.device, backend: Backend
+        self,
+        layout: BlockLayout,
+        num_blocks: Mapping[str, int],
+        device: torch.device,
+        backend: Backend,
+        timings: Timings | None = None,
     ) -> None:
         self.layout = layout
         self.device = device
         self._backend = backend
+        self._timings = Timings(device) if timings is None else timings
         dtype = getattr(torch, layout.dtype.value)
         self.tiers: dict[str, torch.Tensor] = {}
         for name, blocks in num_blocks.items():
@@ -45,12 +52,16 @@ class Storage:
         Returns the event after which the sources may be overwritten, None if that is now.
         """
         for group in copies:
+            start, blocks = self._timings.start(), len(group.pairs)
             if group.source == group.target:
                 pairs = torch.from_numpy(group.pairs.astype(np.int64))
                 pool = self.tiers[group.source]
                 self._backend.copy_blocks(pool, pairs.to(pool.device, non_blocking=True))
+                self._timings.lap("kernel", "copy_blocks", start, blocks=blocks)
             else:
                 self._move(self.tiers[group.source], self.tiers[group.target], group.pairs)
+                direction = "in" if group.target == "device" else "out"
+                self._timings.lap("swap", direction, start, blocks=blocks, **current_trace())
         if self.device.type != "cuda" or not copies:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

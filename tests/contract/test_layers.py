@@ -21,7 +21,7 @@ LAYERS = (
     ("steps", "swapping"),
     ("checks", "accelerator"),
     ("manager",),  # everything up to here loads no torch
-    ("batch",),
+    ("batch", "timings"),
     ("backends",),
     ("storage",),
     ("cache",),
@@ -40,7 +40,8 @@ ONLY = {
     "batch": {"errors", "plan"},
     "native": {"errors"},
     "backends": {"errors", "layout", "batch", "native"},
-    "storage": {"errors", "layout", "plan", "pool", "backends"},
+    "timings": {"stats"},
+    "storage": {"errors", "layout", "plan", "pool", "backends", "timings"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
 
