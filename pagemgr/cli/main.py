@@ -17,6 +17,8 @@ COMMANDS = {
     "replay": "Replay a trace of requests and see what the cache makes of it.",
     "config": "Show, describe or check the settings.",
     "build": "Compile the kernels for this machine before their first use.",
+    "dashboard": "Print the Grafana dashboard, or write all that Prometheus and Grafana need.",
+    "alerts": "Print the recording and alert rules for Prometheus.",
     "doctor": "What can run on this machine, and what to do about the rest.",
 }
 """Name → summary. ``pagemgr.cli.<name>.command`` is imported only when it runs: the list must not wait for torch."""
