@@ -130,4 +130,5 @@ def _add(family: Family, metric: Metric, labels: dict[str, str], value: float | 
 def _exemplar(duration: Duration | None) -> Exemplar | None:
     if duration is None:
         return None
-    return Exemplar({name: str(value) for name, value in duration.labels.items()}, duration.seconds, duration.timestamp)
+    labels, seconds, timestamp = duration
+    return Exemplar({name: str(value) for name, value in labels.items()}, seconds, timestamp)

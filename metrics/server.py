@@ -36,7 +36,8 @@ class Server:
 
         def plain(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             environ.pop("HTTP_ACCEPT", None)
-            return app(environ, start_response)
+            answer: Iterable[bytes] = app(environ, start_response)
+            return answer
 
         self._server.set_app(plain)
 

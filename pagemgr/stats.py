@@ -6,10 +6,13 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 BUCKETS = (*(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5)), 10.0)
 """Upper bounds of what a ``Histogram`` counts together, in seconds: 1, 2 and 5 of each power of ten, 1 µs to 10 s."""
+
+
+Exemplar = tuple[dict[str, object], float, float]
+"""One of the durations that a histogram counted: which it was, its seconds, and when, in seconds since the epoch."""
 
 
 @dataclass(slots=True)
@@ -56,15 +59,6 @@ class Counters:
     """Must stay 0."""
 
 
-class Exemplar(NamedTuple):
-    """One of the durations that a histogram counted, and where to read more about it."""
-
-    labels: dict[str, object]
-    seconds: float
-    timestamp: float
-    """Seconds since the epoch."""
-
-
 @dataclass(slots=True)
 class Histogram:
     """How often something took how long."""
@@ -81,7 +75,7 @@ class Histogram:
         bucket = bisect_left(BUCKETS, seconds)
         self.counts[bucket] += 1
         self.sum += seconds
-        self.exemplars[bucket] = Exemplar(labels, seconds, time.time())
+        self.exemplars[bucket] = (labels, seconds, time.time())
 
     def copy(self) -> Histogram:
         """As it is now."""

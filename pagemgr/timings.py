@@ -35,6 +35,7 @@ class Timings:
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
         self._device = device
+        self._on_gpu = device.type == "cuda"
         self._enabled = enabled
         self._histograms = {operation: {kind: Histogram() for kind in kinds} for operation, kinds in TIMED.items()}
         self._pending: deque[tuple[Histogram, torch.cuda.Event, torch.cuda.Event, dict[str, object]]] = deque()
@@ -44,7 +45,7 @@ class Timings:
         """Now. None where nothing is timed: if that is off, and while a CUDA graph is captured."""
         if not self._enabled:
             return None
-        if self._device.type != "cuda":
+        if not self._on_gpu:
             return time.perf_counter()
         try:
             if torch.cuda.is_current_stream_capturing():

@@ -64,7 +64,7 @@ def test_one_layer_of_each_step_is_timed_and_every_step_and_swap() -> None:
     cache = make_cache()
     use(cache)
     assert counted(cache) == EXPECTED
-    layers = {e.labels["layer"] for e in cache.stats().timings["kernel"]["write_kv"].exemplars if e is not None}
+    layers = {e[0]["layer"] for e in cache.stats().timings["kernel"]["write_kv"].exemplars if e is not None}
     assert layers <= {0, 1, 2}
 
 
@@ -137,7 +137,7 @@ def test_a_duration_is_counted_in_the_bucket_that_it_does_not_exceed() -> None:
         histogram.add(seconds, {"step": seconds})
     assert histogram.counts == [2, 1, *[0] * (len(BUCKETS) - 3), 1, 1]
     assert histogram.sum == pytest.approx(21.0000021)
-    assert [e.seconds for e in histogram.exemplars if e is not None] == [1e-6, 1.1e-6, 10.0, 11.0]
+    assert [e[1] for e in histogram.exemplars if e is not None] == [1e-6, 1.1e-6, 10.0, 11.0]
     assert list(BUCKETS) == sorted(set(BUCKETS))
 
 
@@ -168,4 +168,4 @@ def test_a_swap_leads_to_the_trace_that_it_is_part_of(monkeypatch: pytest.Monkey
     cache = make_cache()
     use(cache)
     (exemplar,) = [e for e in cache.stats().timings["swap"]["out"].exemplars if e is not None]
-    assert exemplar.labels == {"blocks": 2, "trace_id": f"{0xABC:032x}"}
+    assert exemplar[0] == {"blocks": 2, "trace_id": f"{0xABC:032x}"}
