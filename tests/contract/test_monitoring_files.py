@@ -11,11 +11,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import pagemgr
 from pagemgr.cli.main import main
-from pagemgr.metrics import METRICS
+from pagemgr.metrics import METRICS, bytes_by_cause
 from pagemgr.metrics.dashboard import dashboard
+from pagemgr.metrics.names import STATES
 from pagemgr.metrics.panels import ROWS
 from pagemgr.metrics.shipped import DASHBOARD, RULES, STACK, dashboard_json
+from pagemgr.metrics.vllm import ALIASES
+from pagemgr.timings import TIMED
 
 PARTS = {"histogram": ("_bucket", "_count", "_sum")}
 SAMPLES = {name + part: metric for name, metric in METRICS.items() for part in PARTS.get(metric.kind, ("",))}
@@ -156,6 +160,34 @@ def test_the_stack_overwrites_nothing(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "is not an empty folder" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["compose.yaml"]
+
+
+def rows(text: str, columns: int) -> dict[str, list[str]]:
+    """The tables of that many columns whose first is a metric: its name → the other columns."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    return {row[0].strip("`"): row[1:] for row in cells if len(row) == columns and row[0].startswith("`")}
+
+
+def test_the_table_of_metrics_is_what_is_exported(root: Path) -> None:
+    text = (root / "metrics" / "README.md").read_text(encoding="utf-8")
+    table = rows(text, columns=6)
+    assert list(table) == list(METRICS)
+    for name, (kind, unit, labels, meaning, advice) in table.items():
+        metric = METRICS[name]
+        stated = (kind, unit, labels, meaning)
+        assert stated == (metric.kind, metric.unit or "–", ", ".join(metric.labels) or "–", metric.meaning), name
+        assert advice.endswith("."), name
+    assert set(rows(text, columns=2)) >= {alias.name for alias in ALIASES}
+
+
+def test_the_values_of_labels_are_explained(root: Path) -> None:
+    text = (root / "metrics" / "README.md").read_text(encoding="utf-8")
+    tier = pagemgr.BlockManager(4, 4, num_host_blocks=4).stats()
+    causes = {cause for one in tier.tiers for cause in bytes_by_cause(one, 4)}
+    values = causes | set(STATES) | set(tier.counters.failures) | {kind for kinds in TIMED.values() for kind in kinds}
+    assert [value for value in values if f"`{value}`" not in text] == []
 
 
 def test_all_files_beside_the_metrics_are_part_of_the_stack(root: Path) -> None:
