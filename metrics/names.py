@@ -246,14 +246,14 @@ _KERNELS = (
         "pagemgr_step_seconds",
         "seconds",
         ("phase",),
-        "Time from reserve to commit of a step, on the device's clock.",
+        "Time from reserve to commit, on the device's clock, of one step in 13.",
         timing("step"),
     ),
     Metric(
         "pagemgr_kernel_seconds",
         "seconds",
         ("op",),
-        "Time of one backend call, on the device's clock: one layer of each step in turn, and every copy of blocks.",
+        "Time of one backend call, on the device's clock: of one layer of these steps, and of one copy in 13.",
         timing("kernel"),
     ),
 )

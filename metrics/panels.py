@@ -262,8 +262,8 @@ KERNELS = (
                 _rate("pagemgr_kernel_seconds_count", "op"),
             )
         },
-        "Mean over one layer of each step. Times the number of layers, it is attention's share of the step. "
-        "Unexpectedly slow: see below which backend runs, and run `pagemgr doctor` for why a faster one does not.",
+        "Mean over one layer of a step. Times the number of layers, it is attention's share of the step. Unexpectedly "
+        "slow: see below which backend runs, and run `pagemgr doctor` for why a faster one does not.",
     ),
     Panel(
         "Decode steps by time",

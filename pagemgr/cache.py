@@ -13,6 +13,7 @@ import torch
 from .backends import registry
 from .backends.interface import AttentionParams
 from .batch import BatchBuffers, PagedBatch
+from .capture import beside_captures
 from .config import Config
 from .errors import InvalidInput, StepOrderError, TransferFailed
 from .ids import BatchTokens, LateTokens, Tokens
@@ -23,7 +24,7 @@ from .prefix import Namespace
 from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
-from .timings import Mark, Timings
+from .timings import ONE_IN, Mark, Timings
 
 _DEFAULT_PARAMS = AttentionParams()
 
@@ -40,7 +41,7 @@ class Step:
         self._buffers: BatchBuffers | None = buffers
         self._start = start
         self._kind = "decode" if batch.max_query_len == 1 else "prefill"
-        self._timed_layer = plan.step % cache.layout.num_layers
+        self._timed_layer = -1 if start is None else plan.step // ONE_IN["step"] % cache.layout.num_layers
 
     def attention(
         self,
@@ -75,7 +76,7 @@ class Step:
             raise InvalidInput(f"query must be {shape}, got {list(query.shape)}")
         kv = self._cache.storage.layers[layer]
         backend, timings = self._cache.backend, self._cache.timings
-        mark = timings.start() if layer == self._timed_layer else None
+        mark = timings.now() if layer == self._timed_layer else None
         backend.write_kv(key, value, kv, self.batch.slot_mapping)
         mark = timings.lap("kernel", "write_kv", mark, layer=layer)
         result = backend.attention(query, kv, self.batch, params, out, lse)
@@ -156,7 +157,7 @@ class PagedKVCache:
 
     def step(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Step:
         """Reserve slots for the new tokens of a batch, for all of it or none; see ``BlockManager.reserve``."""
-        start = self.timings.start()
+        start = self.timings.start("step")
         plan = self.manager.reserve(sequences, tokens)
         try:
             self.storage.execute(plan.copies)
@@ -191,8 +192,9 @@ class PagedKVCache:
         return int(self.manager.lengths([sequence])[0])
 
     def stats(self) -> Stats:
-        """One consistent snapshot, and how long things took."""
-        return replace(self.manager.stats(), timings=self.timings.snapshot())
+        """One consistent snapshot, and how long things took. May be called from any thread at any time."""
+        with beside_captures(self.device):
+            return replace(self.manager.stats(), timings=self.timings.snapshot())
 
     def reclaim(self, buffers: BatchBuffers) -> None:
         """A step ended: its tensors serve the next."""

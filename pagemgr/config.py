@@ -181,7 +181,7 @@ class MetricsConfig(_Section):
     pool: Name = "default"
     """Value of the label "pool", to tell the pools of one process apart."""
     timings: bool = True
-    """Measure how long steps, swaps and one layer of each step take."""
+    """Measure how long swaps, some of the steps and one layer of each of these take."""
     vllm_names: bool = False
     """Report under vLLM's names as well what means the same, so that dashboards and routers made for it work."""
 

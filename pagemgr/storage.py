@@ -52,13 +52,15 @@ class Storage:
         Returns the event after which the sources may be overwritten, None if that is now.
         """
         for group in copies:
-            start, blocks = self._timings.start(), len(group.pairs)
+            blocks = len(group.pairs)
             if group.source == group.target:
+                start = self._timings.start("kernel")
                 pairs = torch.from_numpy(group.pairs.astype(np.int64))
                 pool = self.tiers[group.source]
                 self._backend.copy_blocks(pool, pairs.to(pool.device, non_blocking=True))
                 self._timings.lap("kernel", "copy_blocks", start, blocks=blocks)
             else:
+                start = self._timings.start("swap")
                 self._move(self.tiers[group.source], self.tiers[group.target], group.pairs)
                 direction = "in" if group.target == "device" else "out"
                 self._timings.lap("swap", direction, start, blocks=blocks, **current_trace())

@@ -1,7 +1,8 @@
 """What the metrics cost: a decode step with and without timings, and a scrape: ``python -m tests.bench.metrics``.
 
-One cache decodes, and times every second pair of steps; which of a pair comes first alternates. On a GPU the clock is
-the wall, and every step is waited for; on the CPU it is the thread's, as others use the machine too.
+One cache decodes; of each pair of steps it times one, the first or the second in turn. Otherwise it times one in
+``ONE_IN["step"]``, so that is what the difference is divided by. On a GPU the clock is the wall, and every step is waited
+for; on the CPU it is the thread's, as others use the machine too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 import pagemgr
 from pagemgr.metrics import Pool, PoolCollector, collector
 from pagemgr.sequences import Batch
-from pagemgr.timings import Timings
+from pagemgr.timings import ONE_IN, Timings
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 4, 8, 2, 64
 
@@ -67,10 +68,10 @@ def microseconds(call: Callable[[], object], clock: Callable[[], int]) -> float:
 
 
 def steps(device: str, num_seqs: int, context: int, repeats: int) -> dict[str, float]:
-    """Medians of a step with timings and without, in µs, and of the difference within a pair of steps."""
+    """Medians, in µs, of a step that is timed, of one that is not, and of the difference within a pair of them."""
     cache = make_cache(device, num_seqs, context, 2 * repeats + 40)
     decoder = Decoder(cache, num_seqs, context)
-    timings = {"on": Timings(cache.device), "off": Timings(cache.device, enabled=False)}
+    timings = {"timed": Timings(cache.device), "untimed": Timings(cache.device, enabled=False)}
     clock = time.perf_counter_ns if device == "cuda" else time.thread_time_ns
 
     def one() -> None:
@@ -80,25 +81,24 @@ def steps(device: str, num_seqs: int, context: int, repeats: int) -> dict[str, f
 
     for _ in range(40):
         one()
-    times: dict[str, list[float]] = {"on": [], "off": []}
+    every, ONE_IN["step"] = ONE_IN["step"], 1
+    times: dict[str, list[float]] = {name: [] for name in timings}
     for turn in range(repeats):
-        for name in ("on", "off") if turn % 2 else ("off", "on"):
+        for name in list(timings)[:: 1 if turn % 2 else -1]:
             cache.timings = timings[name]
             times[name].append(microseconds(one, clock))
-    return {
-        "on_us": median(times["on"]),
-        "off_us": median(times["off"]),
-        "difference_us": median(on - off for on, off in zip(times["on"], times["off"], strict=True)),
-    }
+    ONE_IN["step"] = every
+    differences = [with_it - without for with_it, without in zip(*times.values(), strict=True)]
+    return {**{f"{name}_us": median(found) for name, found in times.items()}, "difference_us": median(differences)}
 
 
 def marks(device: str, repeats: int = 5000) -> float:
-    """µs that the marks of one step take by themselves: its start and end, and those of one layer in four."""
+    """µs that the marks of a step take by themselves, on average: of one that is timed, and of those that are not."""
     timings = Timings(torch.device(device))
 
     def one() -> None:
-        start = timings.start()
-        mark = timings.start()
+        start = timings.start("step")
+        mark = None if start is None else timings.now()
         mark = timings.lap("kernel", "write_kv", mark, layer=0)
         timings.lap("kernel", "decode", mark, layer=0)
         for _ in range(LAYERS - 1):
@@ -149,12 +149,13 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    print(f"the marks of a step by themselves: {result['marks_us']:.2f} µs")
+    print(f"the marks of a step by themselves, on average: {result['marks_us']:.2f} µs")
     for shape, found in result["steps"].items():
-        off, difference = found["off_us"], found["difference_us"]
+        share = found["difference_us"] / ONE_IN["step"] / found["untimed_us"]
         print(
-            f"decode {shape}, {LAYERS} layers: {off:.0f} µs off, {found['on_us']:.0f} µs on; difference within a pair "
-            f"{difference:.1f} µs, {difference / off:.2%}; the marks are {result['marks_us'] / off:.2%}"
+            f"decode {shape}, {LAYERS} layers: {found['untimed_us']:.0f} µs untimed, a timed one takes "
+            f"{found['difference_us']:.1f} µs more: {share:.2%} on average; the marks are "
+            f"{result['marks_us'] / found['untimed_us']:.2%}"
         )
     for name, milliseconds in result["scrape_ms"].items():
         print(f"scrape, {name}: {milliseconds:.2f} ms")

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 import pagemgr
 from pagemgr.metrics import METRICS, collector
+from pagemgr.timings import ONE_IN
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -52,8 +53,9 @@ def fork_of(cache: pagemgr.PagedKVCache, sequence: pagemgr.Sequence) -> list[pag
 
 
 @pytest.fixture
-def registry() -> CollectorRegistry:
-    """Two pools with awkward names, one of them used."""
+def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    """Two pools with awkward names, one of them used, and all of it timed."""
+    monkeypatch.setitem(ONE_IN, "step", 1)
     used, idle = make_cache('a "quoted"\\name'), make_cache("ein Becken")
     use(used)
     registry = CollectorRegistry()

@@ -21,7 +21,7 @@ LAYERS = (
     ("steps", "swapping"),
     ("checks", "accelerator"),
     ("manager",),  # everything up to here loads no torch
-    ("batch", "timings"),
+    ("batch", "timings", "capture"),
     ("backends",),
     ("storage",),
     ("cache",),
@@ -41,6 +41,7 @@ ONLY = {
     "native": {"errors"},
     "backends": {"errors", "layout", "batch", "native"},
     "timings": {"stats"},
+    "capture": set(),
     "storage": {"errors", "layout", "plan", "pool", "backends", "timings"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
