@@ -109,8 +109,8 @@ class Timings:
 
 def current_trace() -> dict[str, object]:
     """The trace that the caller is part of, if it uses OpenTelemetry: a slow swap then leads to its request."""
-    trace = sys.modules.get("opentelemetry.trace")
-    if trace is None:
+    current_span = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
+    if current_span is None:
         return {}
-    context = trace.get_current_span().get_span_context()
+    context = current_span().get_span_context()
     return {"trace_id": format(context.trace_id, "032x")} if context.is_valid else {}

@@ -35,14 +35,14 @@ RULES = [rule for group in yaml.safe_load(rules_yaml())["groups"] for rule in gr
 ALERTS = {rule["alert"] for rule in RULES if "alert" in rule}
 
 
-def make_cache(pool: str, num_blocks: int = 40) -> pagemgr.PagedKVCache:
+def make_cache(pool: str, vllm_names: bool = False) -> pagemgr.PagedKVCache:
     return pagemgr.PagedKVCache(
         pagemgr.Config(
             model={"num_layers": 1, "num_kv_heads": 1, "head_dim": 16},
-            pool={"num_blocks": num_blocks, "block_size": 4, "host_blocks": 20, "max_sequences": 16},
+            pool={"num_blocks": 40, "block_size": 4, "host_blocks": 20, "max_sequences": 16},
             device="cpu",
             backend="torch",
-            metrics={"pool": pool, "port": 0},
+            metrics={"pool": pool, "port": 0, "vllm_names": vllm_names},
         )
     )
 
@@ -119,7 +119,7 @@ def engine(caches: dict[str, pagemgr.PagedKVCache]) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def servers(caches: dict[str, pagemgr.PagedKVCache]) -> Iterator[tuple[Server, Server]]:
     """Two processes' worth of pools."""
-    with serve(*caches.values()) as first, serve(make_cache("other")) as second:
+    with serve(*caches.values()) as first, serve(make_cache("other", vllm_names=True)) as second:
         yield first, second
 
 
@@ -194,8 +194,15 @@ def test_what_prometheus_holds_is_what_the_pool_says(
     cache = caches["full"]  # which nobody uses yet
     (capacity,) = prometheus.values('pagemgr_pool_capacity_bytes{pool="full", tier="device"}')
     assert capacity == 40 * cache.layout.block_bytes
-    assert prometheus.values('sum by (pool, tier) (pagemgr_pool_bytes{pool="full", tier="device"})') == [capacity]
     assert prometheus.values('pagemgr_blocks{pool="full", tier="device", state="free"}') == [39]
+    by_cause = "sum by (job, instance, pool, tier) (pagemgr_pool_bytes)"
+    differences = prometheus.values(f"{by_cause} - pagemgr_pool_capacity_bytes")
+    assert differences == [0] * 12  # device and host of six pools
+
+
+def test_names_of_vllm_arrive_with_their_colons(prometheus: Prometheus) -> None:
+    assert prometheus.values('vllm:kv_cache_usage_perc{model_name="other"}') == [0]
+    assert prometheus.values('rate(vllm:prefix_cache_queries_total{model_name="other"}[3s])') == [0]
 
 
 def test_alerts_fire_when_provoked_and_not_otherwise(
