@@ -21,13 +21,15 @@ DEVICE = "device"
 def bytes_by_cause(tier: TierStats, block_bytes: int) -> dict[str, int]:
     """Where the bytes of a tier are; the values sum to ``tier.num_blocks * block_bytes``, exactly.
 
-    The causes are the states of its blocks, but for those that sequences hold: of the device they are ``full``, and
-    ``open_used`` as far as the slots of open blocks hold tokens; of any other tier they are ``swapped``. What the open
-    blocks of either do not hold yet is ``tail_waste``.
+    The causes are the states of its blocks, but for those that are held. Of the device these are ``pinned`` if nobody
+    but pins holds them, else ``full``, and ``open_used`` as far as the slots of open blocks hold tokens; of any other
+    tier they are ``swapped``. What the open blocks of either do not hold yet is ``tail_waste``.
     """
     waste = tier.waste_slots * block_bytes // tier.block_size
-    open_used, full = tier.open * block_bytes - waste, tier.full * block_bytes
-    held = {"open_used": open_used, "full": full} if tier.name == DEVICE else {"swapped": open_used + full}
+    open_used, pinned = tier.open * block_bytes - waste, tier.pinned * block_bytes
+    full = tier.full * block_bytes - pinned
+    on_device = {"open_used": open_used, "full": full, "pinned": pinned}
+    held = on_device if tier.name == DEVICE else {"swapped": open_used + full + pinned}
     rest = {state: getattr(tier, state) * block_bytes for state in ("cached", "fenced", "free", "null")}
     return {**held, "tail_waste": waste, **rest}
 
@@ -139,6 +141,13 @@ _USE = (
         "New tokens of the steps that ran.",
         counter(lambda c: c.tokens_committed),
     ),
+    Metric(
+        "pagemgr_draft_tokens_total",
+        "tokens",
+        (),
+        "Tokens of the steps that ran which were not accepted, and rolled back.",
+        counter(lambda c: c.draft_tokens),
+    ),
 )
 
 _REUSE = (
@@ -154,7 +163,14 @@ _REUSE = (
         "tokens",
         ("tier",),
         "Those of them that were found in the prefix cache, by the tier that held them.",
-        counters(lambda c: {DEVICE: c.prefix_hit_tokens}),
+        counters(lambda c: {DEVICE: c.prefix_hit_tokens - c.prefix_host_hit_tokens, "host": c.prefix_host_hit_tokens}),
+    ),
+    Metric(
+        "pagemgr_prefix_collisions_total",
+        "blocks",
+        (),
+        "Blocks found by name that held other tokens; each was a miss.",
+        counter(lambda c: c.prefix_collisions),
     ),
     Metric(
         "pagemgr_duplicate_blocks_total",
@@ -191,8 +207,15 @@ _PRESSURE = (
         "pagemgr_evictions_total",
         "blocks",
         ("tier", "policy", "reason"),
-        "Cached blocks that were given up.",
+        "Cached blocks that were given up; those that went down to the host are among them.",
         lambda pool, stats: [((tier.name, pool.policy, "capacity"), tier.evicted_total) for tier in stats.tiers],
+    ),
+    Metric(
+        "pagemgr_cleared_blocks_total",
+        "blocks",
+        (),
+        "Cached blocks that were forgotten on demand.",
+        counter(lambda c: c.cleared_blocks),
     ),
     Metric(
         "pagemgr_allocation_failures_total",
@@ -238,6 +261,27 @@ _TIERS = (
         ("direction",),
         "Time to copy the blocks of one move, on the device's clock.",
         timing("swap"),
+    ),
+    Metric(
+        "pagemgr_host_cache_blocks_total",
+        "blocks",
+        ("direction",),
+        "Evicted blocks that went down to the host (out), and cached ones that came up for a prompt (in).",
+        counters(lambda c: {"out": c.demoted_blocks, "in": c.promoted_blocks}),
+    ),
+    Metric(
+        "pagemgr_host_cache_failures_total",
+        "moves",
+        (),
+        "Times that blocks could not come up; their tokens were computed instead.",
+        counter(lambda c: c.promotion_failures),
+    ),
+    Metric(
+        "pagemgr_host_cache_seconds",
+        "seconds",
+        ("direction",),
+        "Time to copy the blocks of one move of the host cache, on the device's clock, of one in 13.",
+        timing("host_cache"),
     ),
 )
 

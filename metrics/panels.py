@@ -74,7 +74,7 @@ CAPACITY = (
         "short",
         {_WHO: f"{_ROOM} * on (pool, instance) pagemgr_block_size_tokens{{@}}"},
         "New tokens that fit before a reserve fails: free and cached blocks. Near 0, expect refusals. It should "
-        "stay above one step of all running sequences.",
+        "stay above one step of all running sequences. With several layer groups, each takes a slot: divide by them.",
     ),
     Panel(
         "Sequences",
@@ -152,7 +152,8 @@ PRESSURE = (
         {
             f"{_WHO} {{{{tier}}}} {{{{policy}}}} {{{{reason}}}}": _rate(
                 "pagemgr_evictions_total", "pool, instance, tier, policy, reason"
-            )
+            ),
+            f"{_WHO} cleared": _rate("pagemgr_cleared_blocks_total", "pool, instance"),
         },
         "Cached blocks given up a second. Normal in a full pool; harmful if the hit ratio falls at the same time: "
         "compare policies on your own trace with `pagemgr replay --policy all`.",
@@ -232,13 +233,35 @@ TIERS = (
         "small part of that means small blocks or memory that is not pinned.",
     ),
     Panel(
+        "Host cache",
+        "Bps",
+        {
+            "{{direction}}": "sum by (direction) (rate(pagemgr_host_cache_blocks_total{@}[$__rate_interval]) "
+            "* on (job, instance, pool) group_left pagemgr_block_bytes{@})",
+        },
+        "Bytes a second that go down when the device evicts them (out), and that come up because a prompt needs them "
+        "(in). Much out and hardly any in: nothing of it is wanted again, and the host tier is better left to swaps.",
+    ),
+    Panel(
+        "Time of a move of the host cache",
+        "s",
+        {
+            "{{direction}} median": _quantile(0.5, "pagemgr_host_cache_seconds", "direction"),
+            "{{direction}} 99 %": _quantile(0.99, "pagemgr_host_cache_seconds", "direction"),
+        },
+        "Of one move in 13. If what comes up takes longer than computing its tokens again, the host cache costs more "
+        "than it saves: turn it off.",
+    ),
+    Panel(
         "Moves and failures",
         "ops",
         {
             "{{direction}}": _rate("pagemgr_swap_sequences_total", "direction"),
             "{{direction}} failed": _rate("pagemgr_swap_failures_total", "direction"),
+            "host cache failed": _rate("pagemgr_host_cache_failures_total", "job"),
         },
-        "Sequences a second. Failed moves leave the sequence where it was and raise TransferFailed: the log says why.",
+        "Sequences a second. A swap that fails leaves the sequence where it was and raises TransferFailed; blocks of "
+        "the host cache that cannot come up are computed again. The log says why.",
     ),
 )
 
@@ -282,6 +305,7 @@ KERNELS = (
                 _rate("pagemgr_tokens_committed_total", "pool, instance"),
                 _rate("pagemgr_steps_committed_total", "pool, instance"),
             ),
+            f"{_WHO} refused drafts": _rate("pagemgr_draft_tokens_total", "pool, instance"),
         },
         "New tokens of the steps that ran. Few tokens a step with many sequences waiting: the engine's batches are "
         "too small.",
@@ -311,6 +335,15 @@ HEALTH = (
         "bytes",
         {f"{_WHO} {{{{tier}}}}": "pagemgr_unaccounted_bytes{@}"},
         "Must be 0. Anything else is a bug in the accounting: report it.",
+        "stat",
+        bad=1,
+    ),
+    Panel(
+        "Hash collisions",
+        "short",
+        {_WHO: "pagemgr_prefix_collisions_total{@}"},
+        "Must be 0. A block was found by its name and held other tokens: it was not used. Names are SHA-256, so memory "
+        "is broken, or somebody forges them: test the memory, set prefix.secret.",
         "stat",
         bad=1,
     ),

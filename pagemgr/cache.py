@@ -41,7 +41,7 @@ class Step:
         self._buffers: BatchBuffers | None = buffers
         self._start = start
         self._kind = "decode" if batch.max_query_len == 1 else "prefill"
-        self._timed_layer = -1 if start is None else plan.step // ONE_IN["step"] % cache.layout.num_layers
+        self._timed_layer = -1 if start is None else plan.step // ONE_IN["step"] % cache.config.model.num_layers
 
     def attention(
         self,
@@ -202,7 +202,7 @@ class PagedKVCache:
 
     def _transfer(self, transfer: Transfer) -> None:
         try:
-            fence = self.storage.execute(transfer.copies)
+            fence = self.storage.execute(transfer.copies, "in" if transfer.target == "device" else "out")
         except Exception as error:
             self.manager.cancel(transfer)
             raise TransferFailed(transfer.source, transfer.target, transfer.num_copied) from error

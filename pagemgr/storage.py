@@ -46,10 +46,12 @@ class Storage:
         self.layers = tuple(KVLayer(pool[:, i, 0], pool[:, i, 1]) for i in range(layout.num_layers))
         """Views of the device tier, one for each layer."""
 
-    def execute(self, copies: Sequence[Copies]) -> Fence | None:
+    def execute(self, copies: Sequence[Copies], swapping: str | None = None) -> Fence | None:
         """Move these blocks, in order, on the device's current stream.
 
-        Returns the event after which the sources may be overwritten, None if that is now.
+        ``swapping`` is the direction, "out" or "in", of the swap that they belong to, whose time is counted as such;
+        other copies between tiers are those of the host cache. Returns the event after which the sources may be
+        overwritten, None if that is now.
         """
         for group in copies:
             blocks = len(group.pairs)
@@ -60,10 +62,11 @@ class Storage:
                 self._backend.copy_blocks(pool, pairs.to(pool.device, non_blocking=True))
                 self._timings.lap("kernel", "copy_blocks", start, blocks=blocks)
             else:
-                start = self._timings.start("swap")
-                self._move(self.tiers[group.source], self.tiers[group.target], group.pairs)
                 direction = "in" if group.target == "device" else "out"
-                self._timings.lap("swap", direction, start, blocks=blocks, **current_trace())
+                operation = "swap" if direction == swapping else "host_cache"
+                start = self._timings.start(operation)
+                self._move(self.tiers[group.source], self.tiers[group.target], group.pairs)
+                self._timings.lap(operation, direction, start, blocks=blocks, **current_trace())
         if self.device.type != "cuda" or not copies:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -22,10 +22,11 @@ TIMED = {
     "step": ("decode", "prefill"),
     "kernel": ("write_kv", "decode", "prefill", "copy_blocks"),
     "swap": ("out", "in"),
+    "host_cache": ("out", "in"),
 }
 """What is timed, by operation. A step is a prefill if any of its sequences has more than one new token."""
 
-ONE_IN = {"step": 13, "kernel": 13, "swap": 1}
+ONE_IN = {"step": 13, "kernel": 13, "swap": 1, "host_cache": 13}
 """How many are passed over for each that is timed; no multiple of what an engine may do every so many steps."""
 
 Mark = float | torch.cuda.Event

@@ -77,7 +77,6 @@ def test_every_metric_of_a_pool_is_on_the_dashboard_or_in_a_rule(rules: list[dic
     unseen = {name for name in METRICS if not re.search(rf"\b{name}(_bucket|_sum|_count)?\b", shown)}
     assert unseen == {  # what others say better
         "pagemgr_pool_capacity_bytes",
-        "pagemgr_block_bytes",
         "pagemgr_pool_utilization_ratio",
         "pagemgr_block_allocations_total",
         "pagemgr_block_releases_total",

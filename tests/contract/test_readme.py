@@ -52,6 +52,13 @@ def test_the_example_of_a_page_runs(page: str, root: Path, capsys: pytest.Captur
     assert capsys.readouterr().out
 
 
+def test_every_module_is_on_its_page(root: Path) -> None:
+    table = re.findall(r"^\| (`.*?) \|", (root / "pagemgr/README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    entries = {path.stem for path in (root / "pagemgr").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert {name for name in entries if not name.startswith("_")} - {"backends", "metrics", "native"} <= named
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page: str, root: Path) -> None:
     text = re.sub(r"```.*?```", "", (root / page).read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -210,7 +210,9 @@ class Harness(RuleBasedStateMachine):
             totals = self.model.pools[tier.name].totals
             counted = (tier.allocated_total, tier.released_total, tier.evicted_total)
             assert counted == (totals["allocated"], totals["released"], totals["evicted"])
-            held = Counter(block for pinned in self.model.pins for block in pinned) if tier.name == "device" else Counter()
+            held = (
+                Counter(block for pinned in self.model.pins for block in pinned) if tier.name == "device" else Counter()
+            )
             assert tier.references == self.model.references(tier.name).total() - held.total()
             assert tier.waste_slots == self.model.waste(tier.name)
             assert tier.pinned == sum(self.model.references(tier.name)[block] == count for block, count in held.items())

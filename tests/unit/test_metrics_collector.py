@@ -28,7 +28,7 @@ ALLOWED_LABELS = (
     {"pool", "tier", "state", "cause", "reason", "direction", "policy", "phase", "op"}
     | {"backend", "device", "dtype", "version", "python", "torch"}  # of the metrics that say what runs
 )
-TIMED = {"pagemgr_swap_seconds", "pagemgr_step_seconds", "pagemgr_kernel_seconds"}
+TIMED = {name for name, metric in METRICS.items() if metric.kind == "histogram"}
 """What a cache reports and a manager alone does not."""
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -178,6 +178,21 @@ def test_values_of_a_run_that_can_be_counted_by_hand() -> None:
     assert total(samples, "pagemgr_up") == 1
 
 
+def test_pins_are_a_cause_of_their_own_while_nobody_else_holds_the_blocks() -> None:
+    manager = BlockManager(40, 4, pin_quota=10)
+    collector = PoolCollector(make_pool(manager))
+    sequence = manager.add(range(10))
+    manager.commit(manager.reserve([sequence], [range(10)]))
+    pin = manager.pin(sequence, "system prompt")
+    held: list[tuple[float, float]] = []
+    for verb in (lambda: None, lambda: manager.free([sequence]), lambda: manager.unpin(pin)):
+        verb()
+        samples = scrape(collector)
+        held.append(tuple(total(samples, "pagemgr_pool_bytes", tier="device", cause=c) for c in ("full", "pinned")))
+        assert total(samples, "pagemgr_pool_bytes", tier="device") == 40 * BLOCK_BYTES
+    assert held == [(2 * BLOCK_BYTES, 0), (0, 2 * BLOCK_BYTES), (0, 0)]
+
+
 def test_evictions_carry_tier_policy_and_reason() -> None:
     manager = BlockManager(5, 4)
     sequence = manager.add(range(16))
@@ -199,7 +214,7 @@ def test_an_invariant_violation_is_counted() -> None:
 def test_bytes_by_cause_names_each_state_once() -> None:
     tier = make_manager().stats().device
     assert bytes_by_cause(tier, 10) == {
-        "open_used": 0, "tail_waste": 0, "null": 10, "free": 390, "full": 0, "cached": 0, "fenced": 0,
+        "open_used": 0, "tail_waste": 0, "null": 10, "free": 390, "full": 0, "pinned": 0, "cached": 0, "fenced": 0,
     }  # fmt: skip
 
 

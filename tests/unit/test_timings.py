@@ -70,6 +70,7 @@ def test_some_steps_are_timed_and_one_layer_of_each_and_every_swap() -> None:
         "step": {"decode": 2, "prefill": 2},  # of two kinds of each
         "kernel": {"write_kv": 4, "decode": 2, "prefill": 2, "copy_blocks": 1},
         "swap": {"out": 2, "in": 2},
+        "host_cache": {"out": 0, "in": 0},
     }
     layers = [e[0]["layer"] for e in cache.stats().timings["kernel"]["write_kv"].exemplars if e is not None]
     assert set(layers) <= {0, 1, 2}
