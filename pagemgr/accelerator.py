@@ -59,6 +59,7 @@ class NativeIndex(PrefixIndex):
         self.struct.names = self._ffi.from_buffer("uint8_t[]", self.names)
         self.struct.parents = self._ffi.from_buffer("int32_t[]", self.parents)
         self.struct.mask = len(self._slots) - 1
+        self.struct.groups = self._ffi.from_buffer("uint8_t[]", self.groups)
         self.struct.heads = self._ffi.from_buffer("int32_t[]", self.heads)
         self.struct.heads_mask = len(self.heads) - 1
 
@@ -136,7 +137,7 @@ class Accelerator:
         for name, (kind, array) in arrays.items():
             setattr(self._manager, name, self._ffi.from_buffer(kind, array))
         self._manager.num_rows, self._manager.width = table.blocks.shape
-        self._manager.max_seq_len = max_seq_len
+        self._manager.max_sequences, self._manager.max_seq_len = table.max_sequences, max_seq_len
         self._manager.block_size = device.index.block_size
         self._steps: dict[int, tuple[Any, list[Any]]] = {}
 
@@ -193,11 +194,15 @@ class Accelerator:
         native.slot_mapping = slots = buffer("int64_t[]", plan.slot_mapping)
         room = len(plan.slot_mapping) // device.index.block_size + len(plan.rows)
         duplicates = np.empty((room, 4), dtype=np.int64)
-        sealed = self._ffi.new("int64_t *")
+        sealed, count = np.empty(room, dtype=np.int32), self._ffi.new("int64_t *")
         given = self._ffi.NULL if ids is None else buffer("int32_t[]", ids)
-        found = self._lib.pagemgr_manager_commit(self._manager, native, given, buffer("int64_t[]", duplicates), sealed)
+        found = self._lib.pagemgr_manager_commit(
+            self._manager, native, given, buffer("int64_t[]", duplicates), buffer("int32_t[]", sealed), count
+        )
         del starts, slots  # they had to live until here
-        device.pool.count_sealed(sealed[0])
+        device.pool.count_sealed(count[0])
+        if device.events.heard:
+            device.tell_stored(sealed[: count[0]])
         if found:
             rows, columns = duplicates[:found, 0], duplicates[:found, 1]
             own, kept = (duplicates[:found, i].astype(np.int32) for i in (2, 3))

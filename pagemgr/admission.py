@@ -20,6 +20,8 @@ from .prefix import DIGEST_BYTES, group_roots
 from .sequences import Prompt, Sequence, SequenceTable
 from .tier import Tier
 
+_NO_BLOCKS: Blocks = np.zeros(0, dtype=np.int32)
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -44,11 +46,6 @@ class Match:
     """Blocks whose name was right and whose tokens were not."""
 
     @property
-    def num_below(self) -> int:
-        """Blocks that have to come up."""
-        return sum(int(np.count_nonzero(blocks >= 0)) for blocks in self.below)
-
-    @property
     def columns_below(self) -> int:
         """Blocks of the prompt for which some group depends on the host."""
         return max(int(np.count_nonzero(blocks >= 0)) for blocks in self.below)
@@ -61,6 +58,13 @@ class Match:
         )
         nothing = tuple(np.full_like(each, -1) for each in blocks)
         return Match(self.length, self.dropped, blocks, nothing, self.collisions)
+
+
+def blocks_below(matches: list[Match]) -> Blocks:
+    """The blocks of the host that these matches need, each once, in the order of the prompts."""
+    entries = np.concatenate([blocks for match in matches for blocks in match.below] or [_NO_BLOCKS])
+    distinct, first = np.unique(entries[entries >= 0], return_index=True)
+    return distinct[np.argsort(first)]
 
 
 def arrive(tokens: TokenArray, root: bytes, tier: Tier, num_groups: int, named: bool) -> Arrival:
@@ -111,7 +115,8 @@ def _held(tiers: tuple[Tier, ...], names: bytes, leading: bool) -> tuple[Blocks,
 
 def _drop_collisions(tier: Tier, blocks: Blocks, arrival: Arrival) -> int:
     """Take out the blocks that hold other tokens than their name says; returns how many."""
-    expected = arrival.tokens[: len(blocks) * tier.index.block_size].reshape(len(blocks), -1)
+    size = tier.index.block_size
+    expected = arrival.tokens[: len(blocks) * size].reshape(-1, size)
     wrong = (blocks >= 0) & (tier.index.tokens[blocks] != expected).any(axis=1)
     blocks[wrong] = -1
     return int(np.count_nonzero(wrong))

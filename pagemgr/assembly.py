@@ -11,6 +11,7 @@ from . import accelerator, checks
 from .admission import Arrival, Match, arrive, find
 from .checks import Held
 from .errors import InvalidInput, OutOfBlocks, SequenceTooLong
+from .events import EventLog, Subscription
 from .eviction import Blocks
 from .ids import Tokens, pack_tokens
 from .native.build import DEFAULT_CACHE_DIR
@@ -70,12 +71,14 @@ class Assembly:
         self.prefix_caching, self.verify_hits, self._secret = prefix_caching, verify_hits, secret
         sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
         library = accelerator.load(cache_dir) if compiled else None
+        self.events = EventLog()
         self.tiers = tuple(
             Tier(
                 name,
                 size,
                 eviction,
                 accelerator.NativeIndex(size, block_size, library) if library else PrefixIndex(size, block_size),
+                self.events,
             )
             for name, size in sizes.items()
         )
@@ -100,6 +103,17 @@ class Assembly:
         with self._verb:
             transfers = [moving for moving in self._moving if isinstance(moving, Transfer)]
             return checks.snapshot(self.tiers, self.table, transfers, self.pins, self.counters, len(self._in_flight))
+
+    def subscribe(self, limit: int = 100_000) -> Subscription:
+        """Listen to what can be found where, from now on; ``limit`` events may wait to be read."""
+        with self._lock:
+            now = tuple(event for tier in self.tiers for event in tier.snapshot())
+            return self.events.subscribe(now, limit)
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Stop listening."""
+        with self._lock:
+            self.events.unsubscribe(subscription)
 
     def check(self) -> None:
         """Assert every invariant in O(pool + tokens). Raises ``InternalError`` and counts the violation."""
@@ -178,6 +192,7 @@ class Assembly:
         for arrival, match in zip(arrivals, matches, strict=True):
             self.counters.prefix_query_tokens += len(arrival.tokens)
             self.counters.prefix_hit_tokens += match.length
+            self.counters.prefix_partial_hit_tokens += match.length % self.block_size
             self.counters.prefix_host_hit_tokens += match.columns_below * self.block_size
             self.counters.prefix_collisions += match.collisions
 

@@ -15,13 +15,22 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ConfigError, InvalidInput
 from .eviction import names as policy_names
-from .layout import BlockLayout, DType
+from .layout import BlockLayout, DType, LayerGroup, group_layers
 from .native.build import DEFAULT_CACHE_DIR
 from .sources import Source, explain, from_environ, from_file, from_flags, leaves, merge, nested, refuse_unknown
 
@@ -66,6 +75,16 @@ def _no_bool(value: object) -> None:
         raise InvalidInput("must be a number")
 
 
+def _split(value: object) -> object:
+    """Numbers with commas between them, as flags and variables have them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _long_enough(secret: SecretStr) -> None:
+    if not 16 <= len(secret.get_secret_value().encode()) <= 64:
+        raise InvalidInput("must be 16 to 64 bytes")
+
+
 def _known_policy(name: str) -> None:
     if name not in policy_names():
         raise InvalidInput(f"must be one of {', '.join(policy_names())}")
@@ -81,6 +100,7 @@ Count = Annotated[Whole, Field(ge=1)]
 Share = Annotated[float, BeforeValidator(_checked(_no_bool)), Field(gt=0, le=1)]
 Bytes = Annotated[int | str, BeforeValidator(_checked(parse_bytes))]
 Name = Annotated[str, Field(min_length=1)]
+Windows = Annotated[tuple[Whole, ...], BeforeValidator(_split)]
 
 _CHOICES = (("num_blocks", "size", "memory_share"), ("host_blocks", "host_size"))
 """Settings of the pool that exclude each other: a source that sets one replaces whichever a weaker source set."""
@@ -116,6 +136,16 @@ class ModelConfig(_Section):
     """Query heads of a layer, on this rank: a multiple of num_kv_heads, and equal to it unless given."""
     dtype: DType = DType.float32
     """Element type of K and V."""
+    windows: Windows = ()
+    """Tokens that each layer sees, 0 for all; a shorter list repeats: 512,512,512,512,512,0 is five layers with a
+    sliding window for each with full attention. Layers that keep the same tokens share blocks. Full attention unless
+    given."""
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        if len(self.windows) > self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for num_layers = {self.num_layers}")
+        return self
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> Self:
@@ -143,6 +173,13 @@ class PoolConfig(_Section):
     """Blocks in host memory to swap to: 0, which is no swapping, unless given."""
     host_size: Bytes | None = None
     """Bytes in host memory to swap to, such as "16GiB", instead of host_blocks."""
+    host_cache: Literal["off", "inclusive", "exclusive"] = "off"
+    """Whether evicted blocks go down to host memory and come up when a prompt needs them, and whether they then stay
+    there as well (inclusive) or leave room for others (exclusive)."""
+    watermark: Annotated[float, BeforeValidator(_checked(_no_bool)), Field(ge=0, lt=1)] = 0.0
+    """Share of the blocks that a new sequence must leave for those that run."""
+    rollback: Whole = 64
+    """Tokens by which a sequence can be cut back at any time though some layers have a sliding window."""
 
     @model_validator(mode="after")
     def _one_size_each(self) -> Self:
@@ -162,6 +199,12 @@ class PrefixConfig(_Section):
 
     enabled: bool = True
     """Match new sequences against cached prefixes."""
+    verify_hits: bool = False
+    """Compare token ids on a hit, and not names alone."""
+    secret: Annotated[SecretStr, AfterValidator(_checked(_long_enough))] | None = None
+    """Key of the names of prefixes, 16 to 64 bytes, so that nobody without it can tell what a name stands for."""
+    pin_share: Annotated[float, BeforeValidator(_checked(_no_bool)), Field(ge=0, le=1)] = 0.25
+    """Share of the device blocks that one owner may pin."""
 
 
 class EvictionConfig(_Section):
@@ -226,10 +269,17 @@ class Config(_Section):
         return load(path, overrides, environ).config
 
     @property
-    def layout(self) -> BlockLayout:
-        """Shape and bytes of one block."""
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Layers by the tokens that they keep."""
         model = self.model
-        return BlockLayout(model.num_layers, model.num_kv_heads, model.head_dim, self.pool.block_size, model.dtype)
+        windows = model.windows or (0,)
+        return group_layers([windows[layer % len(windows)] or None for layer in range(model.num_layers)])
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Shape and bytes of one block, which holds the layers of one group."""
+        model, layers = self.model, len(self.layer_groups[0].layers)
+        return BlockLayout(layers, model.num_kv_heads, model.head_dim, self.pool.block_size, model.dtype)
 
     def resolve_num_blocks(self, free_device_bytes: int | None = None) -> int:
         """Blocks of the device tier, the null block included.

@@ -6,6 +6,7 @@
     │   ├── OutOfSequences        every row of the block table is taken
     │   ├── SequenceTooLong       a sequence would outgrow its row of the block table
     │   ├── PinQuotaExceeded      an owner would pin more blocks than it may
+    │   ├── EventsLost            a listener fell too far behind
     │   ├── TransferFailed        bytes could not be moved between tiers; the sequences stayed where they were
     │   ├── ConfigError           a setting, or a combination of settings, that cannot work
     │   ├── BackendUnavailable    the backend cannot run on this machine
@@ -130,6 +131,14 @@ class StaleSequence(UsageError):
     def __init__(self, row: int, generation: int) -> None:
         self.row, self.generation = row, generation
         super().__init__(f"sequence (row {row}, generation {generation}) was freed")
+
+
+class EventsLost(OperatingError):
+    """A listener fell behind. Attribute: ``limit``, how many events may wait for it. Subscribe again."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"more than {limit} events were waiting and some are lost: subscribe again for a snapshot")
 
 
 class StalePin(UsageError):

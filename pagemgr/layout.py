@@ -11,6 +11,7 @@ Kernels receive a base pointer and these strides, and never assume that one laye
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,7 +46,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """The shape of one block: ``num_layers`` × roles × ``num_kv_heads`` × ``block_size`` × ``head_dim`` elements."""
+    """The shape of one block: layers (those of one group) × roles × K/V heads × tokens × elements of a head."""
 
     num_layers: int
     num_kv_heads: int
@@ -82,3 +83,35 @@ class BlockLayout:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens occupy."""
         return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that keep the same tokens: the last ``window`` of them, or all.
+
+    Layer ``layers[i]`` of the model is layer ``i`` of a block of this group.
+    """
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+def group_layers(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
+    """Groups of as many layers as a block holds, full attention first; the first group fills its blocks.
+
+    ``windows[i]`` is the window of layer ``i`` in tokens. Blocks of all groups are alike, so that they draw on one
+    pool; the last group of a kind may leave layers of its blocks unused. The largest blocks are chosen that leave
+    unused no more than a sixteenth of what is kept.
+    """
+    kinds = sorted(set(windows), key=lambda window: -(window or 2**62))
+    members = {kind: [layer for layer, window in enumerate(windows) if window == kind] for kind in kinds}
+    size = next(
+        size
+        for size in range(min(map(len, members.values())), 0, -1)
+        if 16 * sum(-len(layers) % size for layers in members.values()) <= len(windows)
+    )
+    return tuple(
+        LayerGroup(kind, tuple(layers[start : start + size]))
+        for kind, layers in members.items()
+        for start in range(0, len(layers), size)
+    )

@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
-import numpy.typing as npt
 
 from . import swapping
-from .admission import Arrival, Match, admit
+from .admission import Arrival, Match, admit, blocks_below
 from .assembly import DEVICE, HOST, Assembly
-from .errors import InvalidInput, OutOfBlocks, SequenceBusy, SequenceTooLong, StepOrderError
+from .errors import InvalidInput, OutOfBlocks, SequenceTooLong, StepOrderError
 from .eviction import Blocks
 from .ids import BatchTokens, LateTokens, TokenArray, Tokens, fill_in, pack_batch, pack_tokens
 from .pins import Pin
@@ -30,6 +29,7 @@ from .second_level import SecondLevel
 from .sequences import Batch, Sequence
 from .steps import (
     StepFence,
+    accepted_counts,
     alive_in,
     apply_step,
     commit_step,
@@ -87,7 +87,7 @@ class BlockManager(Assembly):
         with self._verb:
             if self.second is not None:
                 matches = [self._find(arrival, self.tiers) for arrival in arrivals]
-                coming = sum(match.num_below for match in matches)
+                coming = len(blocks_below(matches))
                 if 0 < coming <= self.tiers[DEVICE].pool.available - self.watermark:
                     self._require_admissible(arrivals, matches)
                     try:
@@ -191,7 +191,7 @@ class BlockManager(Assembly):
                     f"step {plan.step} cannot commit: in flight are {list(self._in_flight)}, oldest first"
                 )
             n, alive = plan.num_seqs, alive_in(plan, self.table)
-            kept = self._accepted(plan, accepted, alive)
+            kept = accepted_counts(plan, accepted, alive, self.table)
             known = fill_in(plan.tokens[: plan.num_tokens], plan.query_start[: n + 1].tolist(), tokens, alive[:n])
             known = self.table.spread(known)
             del self._in_flight[plan.step]
@@ -359,21 +359,6 @@ class BlockManager(Assembly):
             self.second.begin(plan.demotion)
         apply_step(plan, device, table, StepFence(step, self._in_flight))
         return plan
-
-    def _accepted(self, plan: Plan, accepted: SequenceOf[int] | None, alive: npt.NDArray[np.bool_]) -> Ints | None:
-        """How many tokens of each row count, if not all of them do."""
-        if accepted is None:
-            return None
-        kept = self.table.spread(pack_tokens(accepted).astype(np.int64))
-        if len(kept) != len(plan.rows) or (kept < 1).any() or (kept > plan.counts).any():
-            counts = plan.counts[: plan.num_seqs].tolist()
-            raise InvalidInput(
-                f"accepted must be between 1 and the counts {counts:.200} of the step, got {accepted!r:.200}"
-            )
-        refused = plan.rows[alive & (kept < plan.counts)]
-        for row in refused[self.table.last_step[refused] != plan.step].tolist():
-            raise SequenceBusy(row, "refuse drafts of", f"step {self.table.last_step[row]} builds on them")
-        return kept if (kept < plan.counts).any() else None
 
     def _begin_transfer(self, sequences: SequenceOf[Sequence], source: int, target: int) -> Transfer:
         with self._verb:

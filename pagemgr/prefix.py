@@ -95,6 +95,8 @@ class PrefixIndex:
         self.names = np.zeros((num_blocks, DIGEST_BYTES), dtype=np.uint8)
         self.parents = np.zeros(num_blocks, dtype=np.int32)
         """The block before each published one in its prefix, the null block before the first."""
+        self.groups = np.zeros(num_blocks, dtype=np.uint8)
+        """The layer group of each published block."""
         self.heads = np.full(1 << (num_blocks - 1).bit_length(), -1, dtype=np.int32)
         """A lossy table: the block published last under a parent's name and a first token. What it says must be
         verified, so nothing has to be taken out of it."""
@@ -127,6 +129,11 @@ class PrefixIndex:
         new = kept == blocks
         self.names[blocks[new]] = np.frombuffer(names, dtype=np.uint8).reshape(-1, DIGEST_BYTES)[new]
         return kept
+
+    def describe(self, blocks: Blocks, source: PrefixIndex, sources: Blocks) -> None:
+        """These blocks hold, or will, what ``sources`` hold in another tier."""
+        self.tokens[blocks] = source.tokens[sources]
+        self.groups[blocks] = source.groups[sources]
 
     def lead(self, blocks: Blocks, parents: bytes) -> None:
         """These published blocks, which follow the prefixes named ``parents``, can be found by their first tokens."""

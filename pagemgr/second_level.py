@@ -10,9 +10,11 @@ it is given up below, so that the two tiers hold more between them.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
-from .admission import Arrival, Match, admit
+from .admission import Arrival, Match, admit, blocks_below
 from .eviction import Blocks
 from .layout import NULL_BLOCK
 from .plan import Copies, Demotion, Ints, Promotion
@@ -51,11 +53,13 @@ class SecondLevel:
     def begin(self, demotion: Demotion) -> None:
         """Own the blocks here, before the device's are taken."""
         self.host.take(demotion.blocks)
-        self.host.index.tokens[demotion.blocks] = self.device.index.tokens[demotion.evicted]
+        self.host.index.describe(demotion.blocks, self.device.index, demotion.evicted)
 
     def settle(self, demotion: Demotion) -> None:
         """The bytes are here: they can be found."""
-        self.host.publish(demotion.blocks, demotion.names, np.full_like(demotion.blocks, NULL_BLOCK))
+        roots = np.full_like(demotion.blocks, NULL_BLOCK)
+        groups = self.host.index.groups[demotion.blocks]
+        self.host.publish(demotion.blocks, demotion.names, roots, groups, (self.device.name, "demoted"))
         self.host.pool.release(demotion.blocks)
 
     def drop(self, demotion: Demotion) -> None:
@@ -71,10 +75,9 @@ class SecondLevel:
 
         Raises ``OutOfBlocks`` of the device and changes nothing.
         """
-        entries = np.concatenate([blocks for match in matches for blocks in match.below])
-        distinct, first, mentions = np.unique(entries[entries >= 0], return_index=True, return_counts=True)
-        order = np.argsort(first)
-        distinct, mentions = distinct[order], mentions[order]
+        distinct = blocks_below(matches)
+        counts = Counter(block for match in matches for blocks in match.below for block in blocks.tolist())
+        mentions = np.array([counts[block] for block in distinct.tolist()], dtype=np.int64)
         here = np.concatenate([blocks for match in matches for blocks in match.blocks])
         fresh = self.device.pool.peek(len(distinct), sparing=np.unique(here[here >= 0]))
 
@@ -85,7 +88,7 @@ class SecondLevel:
         demotion = self.demote(fresh)
         self.device.take(fresh)
         self.device.share(fresh, mentions - 1)
-        self.device.index.tokens[fresh] = self.host.index.tokens[distinct]
+        self.device.index.describe(fresh, self.host.index, distinct)
         arrived = dict(zip(distinct.tolist(), fresh.tolist(), strict=True))
         whole = [match.arrived(arrived) for match in matches]
         sequences = [
@@ -103,7 +106,8 @@ class SecondLevel:
     def finish(self, promotion: Promotion, table: SequenceTable, fences: tuple[Fence, ...]) -> None:
         """The bytes are on the device: publish them there."""
         table.last_step[promotion.rows] = IDLE
-        publish_moved(promotion.rows, promotion.fresh, promotion.names, self.device, table, fences)
+        origin = (self.host.name, "promoted")
+        publish_moved(promotion.rows, promotion.fresh, promotion.names, origin, self.device, table, fences)
         self.give_up(promotion.blocks, 1)
         self.host.pool.release(promotion.blocks, 1, fences)
 
@@ -120,4 +124,4 @@ class SecondLevel:
         """
         if self.exclusive:
             alone = (self.host.pool.refs[blocks] == times) & self.host.pool.published[blocks]
-            self.host.retract(blocks[alone])
+            self.host.retract(blocks[alone], "moved")

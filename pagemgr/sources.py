@@ -90,8 +90,10 @@ def refuse_unknown(tree: type[BaseModel], source: Source) -> None:
 def explain(tree: type[BaseModel], error: ValidationError, origins: Mapping[str, str] | None = None) -> str:
     """One line per problem: dotted key, value, origin if known, and what is allowed."""
     lines = []
+    secret = {key for key, field in leaves(tree) if "SecretStr" in repr(field.annotation)}
     for problem in error.errors(include_url=False):
         key, message = ".".join(map(str, problem["loc"])), problem["msg"]
+        shown = "***" if key in secret else repr(problem["input"])
         where = f" ({origins[key]})" if origins and key in origins else ""
         match problem["type"]:
             case "missing":
@@ -104,7 +106,7 @@ def explain(tree: type[BaseModel], error: ValidationError, origins: Mapping[str,
                 lines.append(": ".join(filter(None, (key, message.removeprefix("Value error, ")))))
             case _:
                 message = re.sub(r"^(Value error, must|(Input|String) should)", "must", message)
-                lines.append(f"{key} = {problem['input']!r}{where}: {message}")
+                lines.append(f"{key} = {shown}{where}: {message}")
     return "\n".join(lines)
 
 

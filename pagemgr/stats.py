@@ -23,6 +23,8 @@ class Counters:
     """Prompt tokens of added sequences."""
     prefix_hit_tokens: int = 0
     """Those of them that were found in the prefix cache."""
+    prefix_partial_hit_tokens: int = 0
+    """Those of the hits that are the beginning of a block, which is copied."""
     prefix_host_hit_tokens: int = 0
     """Those of the hits that came up from the host tier, whole blocks."""
     prefix_collisions: int = 0

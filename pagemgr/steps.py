@@ -9,12 +9,15 @@ what the others hold; among equals, the last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
+from .errors import InvalidInput, SequenceBusy
 from .eviction import Blocks
-from .ids import TokenArray
+from .ids import TokenArray, pack_tokens
 from .layout import NULL_BLOCK
 from .plan import Copies, Ints, Plan
 from .pool import BlockState, Fence, tally
@@ -129,6 +132,22 @@ def undo_step(plan: Plan, tier: Tier, table: SequenceTable, oldest: int) -> None
     table.last_step[rows] = np.where(plan.previous[alive] >= oldest, plan.previous[alive], IDLE)
 
 
+def accepted_counts(
+    plan: Plan, accepted: SequenceOf[int] | None, alive: npt.NDArray[np.bool_], table: SequenceTable
+) -> Ints | None:
+    """How many tokens of each row count, if not all of them do. Raises ``InvalidInput``, ``SequenceBusy``."""
+    if accepted is None:
+        return None
+    kept = table.spread(pack_tokens(accepted).astype(np.int64))
+    if len(kept) != len(plan.rows) or (kept < 1).any() or (kept > plan.counts).any():
+        counts = plan.counts[: plan.num_seqs].tolist()
+        raise InvalidInput(f"accepted must be from 1 to the counts of the step, {counts!s:.200}, got {accepted!s:.200}")
+    refused = plan.rows[alive & (kept < plan.counts)]
+    for row in refused[table.last_step[refused] != plan.step].tolist():
+        raise SequenceBusy(row, "refuse drafts of", f"step {table.last_step[row]} builds on them")
+    return kept if (kept < plan.counts).any() else None
+
+
 def shorten_step(
     plan: Plan, accepted: Ints, ids: TokenArray, tier: Tier, table: SequenceTable, fences: tuple[Fence, ...]
 ) -> tuple[Plan, TokenArray]:
@@ -137,8 +156,8 @@ def shorten_step(
     Returns what is left of the step and of its ``ids``.
     """
     size = tier.index.block_size
-    alive = alive_in(plan, table)
-    rows, ends = plan.rows[alive], (plan.starts + accepted)[alive]
+    shorter_rows = alive_in(plan, table) & (accepted < plan.counts)
+    rows, ends = plan.rows[shorter_rows], (plan.starts + accepted)[shorter_rows]
     keep = -(-ends // size)
     tier.pool.release(*table.leaf_first(rows, keep), fences)
     table.cut(rows, keep)
@@ -188,7 +207,8 @@ def commit_step(plan: Plan, ids: TokenArray | None, tier: Tier, table: SequenceT
     chained = (columns > 0) & (table.window[owners] == 0)  # a block in a window outlives those before it
     parents = np.where(chained, table.blocks[owners, columns - 1], NULL_BLOCK)
     before_first = [_name_before(tier, table, int(rows[i]), int(first[i])) for i in filled.tolist()]
-    kept = tier.publish(own, b"".join(names), parents)
+    groups = (owners // table.max_sequences).astype(np.uint8)
+    kept = tier.publish(own, b"".join(names), parents, groups)
     new = kept == own
     if new.any():
         chain = b"".join(start + run[:-DIGEST_BYTES] for start, run in zip(before_first, names, strict=True))
@@ -268,7 +288,7 @@ def _name_before(tier: Tier, table: SequenceTable, row: int, column: int) -> byt
     return root
 
 
-def alive_in(plan: Plan, table: SequenceTable) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def alive_in(plan: Plan, table: SequenceTable) -> npt.NDArray[np.bool_]:
     """Which sequences of the plan were not freed since."""
     return np.asarray(table.live[plan.rows] & (table.generation[plan.rows] == plan.generations))
 

@@ -70,25 +70,33 @@ def finish(
     """Point the rows at the target tier and give back the source's blocks once ``fences`` have passed."""
     source, target = (tier_named(tiers, name) for name in (transfer.source, transfer.target))
     leaving = table.leaf_first(transfer.rows, np.zeros_like(transfer.rows))
-    for copies in transfer.copies:
-        target.index.tokens[copies.pairs[:, 1]] = source.index.tokens[copies.pairs[:, 0]]
+    for copies in [copies for copies in transfer.copies if copies.source == source.name]:
+        target.index.describe(copies.pairs[:, 1], source.index, copies.pairs[:, 0])
     for row, blocks in zip(transfer.rows.tolist(), transfer.moved, strict=True):
         table.held(row)[:] = blocks
     table.tier[transfer.rows] = tiers.index(target)
     table.last_step[transfer.rows] = IDLE
     give_up(*leaving)
     source.pool.release(*leaving, fences)
-    publish_moved(transfer.rows, *transfer.names, target, table, fences)
+    publish_moved(transfer.rows, *transfer.names, (source.name, "swapped"), target, table, fences)
 
 
 def publish_moved(
-    rows: Ints, blocks: Blocks, names: bytes, tier: Tier, table: SequenceTable, fences: tuple[Fence, ...]
+    rows: Ints,
+    blocks: Blocks,
+    names: bytes,
+    origin: tuple[str, str],
+    tier: Tier,
+    table: SequenceTable,
+    fences: tuple[Fence, ...],
 ) -> None:
     """What these rows hold has come to this tier: publish the blocks that had names where they came from."""
-    whole = [table.held(row).tolist() for row in rows.tolist() if not table.window[row]]
+    # In the host blocks stand alone: one may leave while those that follow it stay.
+    chained = [row for row in rows.tolist() if not table.window[row]] if tier.name == "device" else []
+    whole = [table.held(row).tolist() for row in chained]
     before = {b: a for held in whole for a, b in pairwise(held)}
     parents = np.array([before.get(block, NULL_BLOCK) for block in blocks.tolist()], dtype=np.int32)
-    kept = tier.publish(blocks, names, parents)
+    kept = tier.publish(blocks, names, parents, tier.index.groups[blocks], origin)
     for block, other in zip(blocks.tolist(), kept.tolist(), strict=True):
         if other != block:
             _replace(tier, table, rows, block, other, fences)

@@ -288,14 +288,10 @@ class Model:
         gone: list[int] = []
         for part, count in zip(flight.parts, accepted, strict=True):
             row, end = part.row, part.start + count
+            self.totals["drafts"] += len(part.new) - count
             if row.live and count < len(part.new):
-                assert self.flying(row) == []
-                self.totals["drafts"] += len(part.new) - count
-                keep = -(-end // self.size)
-                gone += row.blocks[keep:][::-1]
-                del row.blocks[keep:], row.tokens[end:]
-            elif not row.live:
-                self.totals["drafts"] += len(part.new) - count
+                gone += row.blocks[-(-end // self.size) :][::-1]
+                del row.blocks[-(-end // self.size) :], row.tokens[end:]
             part.new = part.new[:count]
         self.release("device", gone, self.fences())
 

@@ -109,10 +109,10 @@ void pagemgr_manager_reserve(pagemgr_manager *manager, pagemgr_manager_step *ste
 
 int64_t pagemgr_manager_commit(
     pagemgr_manager *manager, const pagemgr_manager_step *step, const int32_t *ids, int64_t *duplicates,
-    int64_t *num_sealed) {
+    int32_t *sealed, int64_t *num_sealed) {
     pagemgr_manager &m = *manager;
     const int64_t size = m.block_size;
-    int64_t found = 0, sealed = 0;
+    int64_t found = 0, published = 0;
     std::vector<int32_t> tokens(size);
     uint8_t name[kDigestBytes];
     for (int64_t i = 0; i < step->num_seqs; ++i) {
@@ -138,7 +138,8 @@ int64_t pagemgr_manager_commit(
                 m.published[own] = 1;
                 m.index.parents[own] = before;
                 m.index.heads[head_of(m.index, parent, m.tokens[own * size])] = own;
-                ++sealed;
+                m.index.groups[own] = static_cast<uint8_t>(row / m.max_sequences);
+                sealed[published++] = own;
             } else {
                 int64_t *const entry = duplicates + 4 * found++;
                 entry[0] = row, entry[1] = column, entry[2] = own, entry[3] = kept;
@@ -147,7 +148,7 @@ int64_t pagemgr_manager_commit(
             parent = m.index.names + int64_t{kept} * kDigestBytes;
         }
     }
-    *num_sealed = sealed;
+    *num_sealed = published;
     return found;
 }
 

@@ -14,12 +14,16 @@ import pytest
 # Bottom to top: a unit (a module, or a whole folder) imports only from rows below its own.
 LAYERS = (
     ("errors",),
+    ("events",),
     ("layout", "eviction", "stats", "sources", "ids"),
     ("native",),
     ("plan", "pool", "prefix", "config"),
     ("sequences", "tier"),
-    ("steps", "swapping"),
+    ("admission", "preemption", "pins", "swapping", "verb"),
+    ("second_level",),
+    ("steps",),
     ("checks", "accelerator"),
+    ("assembly",),
     ("manager",),  # everything up to here loads no torch
     ("batch", "timings", "capture"),
     ("backends",),

@@ -206,7 +206,8 @@ def test_unknown_keys_name_their_origin(toml: Path) -> None:
     assert str(caught.value).splitlines() == [
         f"pool.sise ({toml}): unknown key, did you mean pool.size?",
         "pool (PAGEMGR_POOL): is a section, set its keys: pool.block_size, pool.num_blocks, pool.size, "
-        "pool.memory_share, pool.max_sequences, pool.max_seq_len, pool.host_blocks, pool.host_size",
+        "pool.memory_share, pool.max_sequences, pool.max_seq_len, pool.host_blocks, pool.host_size, "
+        "pool.host_cache, pool.watermark, pool.rollback",
         "pool.num_bloks (PAGEMGR_POOL__NUM_BLOKS): unknown key, did you mean pool.num_blocks?",
         "modle.head_dim (--modle.head-dim): unknown key, did you mean model.head_dim?",
     ]
