@@ -98,7 +98,7 @@ class TierStats:
     cached: int
     fenced: int
     references: int
-    """Table entries; more than ``open + full`` by what sharing saves."""
+    """Table entries and moves under way; more than ``used`` by what sharing saves."""
     pinned: int
     """Full blocks that nobody but pins holds."""
     waste_slots: int

@@ -34,8 +34,16 @@ TIMED = {name for name, metric in METRICS.items() if metric.kind == "histogram"}
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-def make_manager(prefix_caching: bool = True) -> BlockManager:
-    return BlockManager(40, 4, max_sequences=10, max_seq_len=60, num_host_blocks=24, prefix_caching=prefix_caching)
+def make_manager(prefix_caching: bool = True, host_cache: str = "off") -> BlockManager:
+    return BlockManager(
+        40,
+        4,
+        max_sequences=10,
+        max_seq_len=60,
+        num_host_blocks=24,
+        prefix_caching=prefix_caching,
+        host_cache=host_cache,
+    )
 
 
 def make_pool(manager: BlockManager, name: str = "default") -> Pool:
@@ -99,7 +107,9 @@ def random_verbs(manager: BlockManager, seed: int, count: int) -> Iterator[None]
 
 @pytest.mark.parametrize("seed", range(12))
 def test_bytes_by_cause_sum_to_the_capacity_in_every_state(seed: int) -> None:
-    manager = make_manager(prefix_caching=seed % 3 > 0)
+    caching = seed % 3 > 0
+    host_caches = ("off", "inclusive", "exclusive")
+    manager = make_manager(caching, host_caches[seed // 3 % 3] if caching else "off")
     collector = PoolCollector(make_pool(manager))
     for _ in random_verbs(manager, seed, 120):
         manager.check()
