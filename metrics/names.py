@@ -166,6 +166,13 @@ _REUSE = (
         counters(lambda c: {DEVICE: c.prefix_hit_tokens - c.prefix_host_hit_tokens, "host": c.prefix_host_hit_tokens}),
     ),
     Metric(
+        "pagemgr_prefix_partial_hit_tokens_total",
+        "tokens",
+        (),
+        "Those of the hits that are the beginning of a block, which is copied.",
+        counter(lambda c: c.prefix_partial_hit_tokens),
+    ),
+    Metric(
         "pagemgr_prefix_collisions_total",
         "blocks",
         (),

@@ -115,8 +115,10 @@ REUSE = (
         {
             "asked for": _rate("pagemgr_prefix_query_tokens_total", "job"),
             "found on {{tier}}": _rate("pagemgr_prefix_hit_tokens_total", "tier"),
+            "of these in part of a block": _rate("pagemgr_prefix_partial_hit_tokens_total", "job"),
         },
-        "Tokens a second. What is asked for and not found has to be computed.",
+        "Tokens a second. What is asked for and not found has to be computed; what is found in part of a block or on "
+        "the host is copied. If most is found on the host, the device tier is too small.",
     ),
     Panel(
         "Saved by sharing",

@@ -39,7 +39,7 @@ def make_cache(pool: str, vllm_names: bool = False) -> pagemgr.PagedKVCache:
     return pagemgr.PagedKVCache(
         pagemgr.Config(
             model={"num_layers": 1, "num_kv_heads": 1, "head_dim": 16},
-            pool={"num_blocks": 40, "block_size": 4, "host_blocks": 20, "max_sequences": 16},
+            pool={"num_blocks": 40, "block_size": 4, "host_blocks": 60, "host_cache": "inclusive", "max_sequences": 16},
             device="cpu",
             backend="torch",
             metrics={"pool": pool, "port": 0, "vllm_names": vllm_names},
@@ -75,7 +75,15 @@ class Engine(threading.Thread):
             self.error = error
 
     def _turn(self, turn: int) -> None:
-        cache, system, own = self.cache, range(20), range(1000 + 17 * turn, 1010 + 17 * turn)
+        cache, system, own, earlier = (
+            self.cache,
+            range(20),
+            *(range(n, n + 10) for n in (99 + 17 * turn, 17 * turn - 71)),
+        )
+        if turn > 10:  # what was cached then is on the host by now
+            again = cache.add([*system, *earlier])
+            run(cache, [again], [[*system, *earlier][again.num_cached_tokens :]])
+            cache.free([again])
         first = cache.add([*system, *own])
         run(cache, [first], [[*system, *own][first.num_cached_tokens :]])
         (fork,) = cache.fork(first)
