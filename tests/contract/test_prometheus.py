@@ -293,8 +293,8 @@ WELL = {
     'pagemgr_swap_failures_total{direction="out"}': "0+0x90",
     "pagemgr_host_cache_failures_total{}": "0+0x90",
     "pagemgr_prefix_collisions_total{}": "0+0x90",
-    "pagemgr_block_bytes{}": "100+0x90",
     'pagemgr_pool_bytes{tier="device",cause="pinned"}': "500+0x90",
+    'pagemgr_pool_bytes{tier="device",cause="full"}': "2500+0x90",
     'pagemgr_swap_sequences_total{direction="in"}': "0+10x90",
     'pagemgr_swap_seconds_bucket{direction="in",le="1.0"}': "0+10x90",
     'pagemgr_swap_seconds_bucket{direction="in",le="2.0"}': "0+10x90",
@@ -308,6 +308,11 @@ IDLE = {"pagemgr_steps_committed_total{}": "0+600x10 6000+0x80", "pagemgr_steps_
 """What is different where an engine has ended, or hangs."""
 
 NOBODY = {'pagemgr_sequences{tier="device"}': "0+0x90", 'pagemgr_sequences{tier="host"}': "0+0x90"}
+
+HEALTHY: dict[str, dict[str, str]] = {
+    "well": {},
+    "waiting": IDLE | NOBODY | {'pagemgr_pool_bytes{tier="device",cause="full"}': "0+0x90"},  # and keeps what is pinned
+}
 
 ILL = {
     "PagemgrTargetDown": {"up{}": "1x40 0x50"},
@@ -347,7 +352,7 @@ def test_every_alert_fires_for_its_reason_and_for_no_other(tmp_path: Path) -> No
     ]  # pools named for their illness
     test = {
         "interval": "1m",
-        "input_series": [one for pool, changes in {"well": {}, **ILL}.items() for one in series(pool, changes)],
+        "input_series": [one for pool, changes in (HEALTHY | ILL).items() for one in series(pool, changes)],
         "promql_expr_test": [
             {
                 "expr": 'count by (alertname, pool) (ALERTS{alertstate="firing"})',
