@@ -101,7 +101,8 @@ class Assembly:
         """One consistent snapshot."""
         with self._verb:
             transfers = [moving for moving in self._moving if isinstance(moving, Transfer)]
-            return checks.snapshot(self.tiers, self.table, transfers, self.pins, self.counters, len(self._in_flight))
+            held, in_flight = self._held(), len(self._in_flight)
+            return checks.snapshot(self.tiers, self.table, transfers, held, self.pins, self.counters, in_flight)
 
     def subscribe(self, limit: int = 100_000) -> Subscription:
         """Listen to what can be found where, from now on; ``limit`` events may wait to be read."""

@@ -228,6 +228,10 @@ class MetricsConfig(_Section):
     """Port that /metrics listens on; 0 takes a free one. Nothing listens unless given."""
     pool: Name = "default"
     """Value of the label "pool", to tell the pools of one process apart."""
+    timings: bool = True
+    """Measure how long swaps, some of the steps and one layer of each of these take."""
+    vllm_names: bool = False
+    """Report under vLLM's names as well what means the same, so that dashboards and routers made for it work."""
 
 
 class NativeConfig(_Section):

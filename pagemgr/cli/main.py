@@ -18,6 +18,8 @@ COMMANDS = {
     "fuzz": "Call the block manager at random beside a naive model of it.",
     "config": "Show, describe or check the settings.",
     "build": "Compile the kernels for this machine before their first use.",
+    "dashboard": "Print the Grafana dashboard, or write all that Prometheus and Grafana need.",
+    "alerts": "Print the recording and alert rules for Prometheus.",
     "doctor": "What can run on this machine, and what to do about the rest.",
 }
 """Name → summary. ``pagemgr.cli.<name>.command`` is imported only when it runs: the list must not wait for torch."""

@@ -27,7 +27,7 @@ LAYERS = (
     ("assembly",),
     ("manager",),
     ("recording", "fuzz"),  # everything up to here loads no torch
-    ("batch",),
+    ("batch", "timings", "capture"),
     ("backends",),
     ("storage",),
     ("cache",),
@@ -46,7 +46,9 @@ ONLY = {
     "batch": {"errors", "plan"},
     "native": {"errors"},
     "backends": {"errors", "layout", "batch", "native"},
-    "storage": {"errors", "layout", "plan", "pool", "backends", "watch"},
+    "timings": {"stats"},
+    "capture": set(),
+    "storage": {"errors", "layout", "plan", "pool", "backends", "timings", "watch"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
 
