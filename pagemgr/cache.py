@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence as SequenceOf
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -22,6 +22,9 @@ from .prefix import Namespace
 from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
+
+if TYPE_CHECKING:
+    from .service import Server
 
 _DEFAULT_PARAMS = AttentionParams()
 
@@ -179,6 +182,12 @@ class PagedKVCache:
     def stats(self) -> Stats:
         """One consistent snapshot."""
         return self.manager.stats()
+
+    def serve(self, port: int | None = None) -> Server:
+        """The page, the JSON API and the metrics of this cache, from a thread; see ``pagemgr.service.serve``."""
+        from .service import serve
+
+        return serve(self, port=port)
 
     def reclaim(self, buffers: BatchBuffers) -> None:
         """A step ended: its tensors serve the next."""

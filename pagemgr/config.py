@@ -17,7 +17,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ConfigError, InvalidInput
 from .eviction import names as policy_names
@@ -30,6 +39,9 @@ INT32_MAX = 2**31 - 1
 
 MAX_SEQ_LEN_CAP = 131_072
 """Tokens; the longest sequence unless ``pool.max_seq_len`` says otherwise, so that a large pool keeps narrow tables."""
+
+MIN_TOKEN = 16
+"""Characters of the service's token."""
 
 ENV_PREFIX = "PAGEMGR_"
 
@@ -74,6 +86,12 @@ def _known_policy(name: str) -> None:
 def _known_device(name: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name, re.ASCII):
         raise InvalidInput("must be auto, cpu, cuda or cuda:N")
+
+
+def _hard_to_guess(token: SecretStr) -> None:
+    text = token.get_secret_value()
+    if len(text) < MIN_TOKEN or not re.fullmatch(r"[!-~]+", text, re.ASCII):
+        raise InvalidInput(f"must be at least {MIN_TOKEN} visible ASCII characters: try openssl rand -hex 16")
 
 
 Whole = Annotated[int, BeforeValidator(_checked(_no_bool)), Field(ge=0, le=INT32_MAX)]
@@ -182,6 +200,18 @@ class MetricsConfig(_Section):
     """Value of the label "pool", to tell the pools of one process apart."""
 
 
+class ServiceConfig(_Section):
+    """Where the page, the JSON API and the metrics are served by "pagemgr serve" and PagedKVCache.serve."""
+
+    host: Name = "127.0.0.1"
+    """Address to listen on. Whoever reaches it can read the state of the pool."""
+    port: Annotated[Whole, Field(le=65535)] = 8620
+    """Port to listen on; 0 takes a free one."""
+    token: Annotated[SecretStr, AfterValidator(_checked(_hard_to_guess))] | None = None
+    """What a client must know to change anything; nothing can be changed unless given. Other users of the machine see
+    what is typed: say it in the variable PAGEMGR_SERVICE__TOKEN or in a file."""
+
+
 class NativeConfig(_Section):
     """Compiled kernels. To use a library of your own, give its path as the backend."""
 
@@ -202,6 +232,7 @@ class Config(_Section):
     prefix: PrefixConfig = PrefixConfig()
     eviction: EvictionConfig = EvictionConfig()
     metrics: MetricsConfig = MetricsConfig()
+    service: ServiceConfig = ServiceConfig()
     native: NativeConfig = NativeConfig()
 
     @model_validator(mode="after")

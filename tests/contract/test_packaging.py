@@ -20,6 +20,7 @@ import pagemgr
 pytestmark = pytest.mark.xdist_group("packaging")  # one build for all of them
 
 LINKED = ("backends", "metrics", "native")
+SHIPPED = {".py", ".typed", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".css", ".html", ".js", ".LICENSE", ".toml"}
 PROBES = ("native/probe.h", "native/probe.hpp", "native/cpu/probe.cpp", "native/cuda/probe.cu", "native/cuda/probe.cuh")
 """Sources added to the copy that is built, so that the patterns are tested for every kind of file and depth."""
 
@@ -75,7 +76,7 @@ def expected_files(checkout: Path) -> set[str]:
         f"{prefix}/{path.relative_to(folder).as_posix()}"
         for prefix, folder in real.items()
         for path in folder.rglob("*")
-        if path.suffix in {".py", ".typed", ".h", ".hpp", ".cpp", ".cu", ".cuh"} and path.is_file()
+        if path.suffix in SHIPPED and path.is_file()
     }
 
 
