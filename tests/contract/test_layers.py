@@ -13,7 +13,7 @@ import pytest
 
 # Bottom to top: a unit (a module, or a whole folder) imports only from rows below its own.
 LAYERS = (
-    ("errors",),
+    ("errors", "logs"),
     ("layout", "eviction", "stats", "sources", "ids"),
     ("native",),
     ("plan", "pool", "prefix", "config"),

@@ -39,7 +39,7 @@ class BlockMap {
       [this.canvas.width, this.canvas.height] = size;
       this.canvas.style.height = `${height}px`;
     }
-    const context = this.canvas.getContext("2d"), gap = this.side > 5 ? 1 : 0;
+    const context = this.canvas.getContext("2d"), gap = this.side > 7 ? 1 : 0;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);
     const colors = this.map.states.map((state) => channels(color(state))), mark = channels(color("mark"));
