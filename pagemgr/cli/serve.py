@@ -44,7 +44,7 @@ def command(trace: str | None, config_file: str | None, overrides: dict[str, obj
 
     \b
     pagemgr serve                                              the demo's conversations, on the CPU
-    pagemgr serve --replay trace.jsonl --pool.num_blocks 20000
+    pagemgr serve --replay trace.jsonl --pool.num-blocks 20000
     PAGEMGR_SERVICE__TOKEN=$(openssl rand -hex 16) pagemgr serve
 
     It listens on 127.0.0.1 and is read-only; with a token, whoever has it may check, dump, pause and resume. An engine
