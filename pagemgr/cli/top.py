@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pagemgr.config import ServiceConfig
+
 from .client import Client
 from .output import amount, console, print_json
 
@@ -27,7 +29,7 @@ Documents = dict[str, Any]
 
 
 @click.command("top")
-@click.argument("url", default="http://127.0.0.1:8620")
+@click.argument("url", default=f"http://127.0.0.1:{ServiceConfig().port}")
 @click.option("--once", is_flag=True, help="Print the state once, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and stop.")
 def command(url: str, once: bool, as_json: bool) -> None:

@@ -68,12 +68,15 @@ def shared_prefixes(dump: Dump, limit: int) -> list[dict[str, Any]]:
     for one in dump.sequences:
         if len(one.blocks) and one.blocks[0] != NULL_BLOCK:
             families[one.tier, int(one.blocks[0])].append(one)
+    held = {tier.name: np.zeros(len(tier.state), dtype=np.bool_) for tier in dump.tiers}
     found: list[dict[str, Any]] = []
     for (tier, first), members in families.items():
         if len(members) == 1:
             continue
         entries = np.concatenate([one.blocks for one in members])
-        saved = len(entries) - len(np.unique(entries))
+        held[tier][entries] = True
+        saved = len(entries) - int(np.count_nonzero(held[tier]))
+        held[tier][entries] = False
         common = _common_blocks(members)
         found.append(
             {

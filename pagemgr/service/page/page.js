@@ -15,7 +15,7 @@ function showStats(stats) {
   document.getElementById("pool").textContent = stats.pool;
   document.title = `${percent(stats.utilization)} · ${stats.pool} · pagemgr`;
   document.getElementById("facts").textContent = [
-    `${stats.backend} on ${stats.device}`, `blocks of ${stats.block_size} tokens, ${bytes(stats.block_bytes)}`,
+    `backend ${stats.backend} on ${stats.device}`, `blocks of ${stats.block_size} tokens, ${bytes(stats.block_bytes)}`,
     `evicts by ${stats.eviction}`, `version ${stats.version}`,
   ].join("  ·  ");
   tile("utilization", "Utilisation", percent(stats.utilization), `of ${bytes(stats.capacity_bytes)} on the device`);
