@@ -10,7 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -31,6 +31,9 @@ from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
 from .timings import ONE_IN, Mark, Timings
+
+if TYPE_CHECKING:
+    from .service import Server
 
 _log = logging.getLogger(__name__)
 _DEFAULT_PARAMS = AttentionParams()
@@ -268,6 +271,12 @@ class PagedKVCache:
         """One consistent snapshot, and how long things took. May be called from any thread at any time."""
         with beside_captures(self.device):
             return replace(self.manager.stats(), timings=self.timings.snapshot())
+
+    def serve(self, port: int | None = None) -> Server:
+        """The page, the JSON API and the metrics of this cache, from a thread; see ``pagemgr.service.serve``."""
+        from .service import serve
+
+        return serve(self, port=port)
 
     def reclaim(self, buffers: BatchBuffers) -> None:
         """A step ended: its tensors serve the next."""

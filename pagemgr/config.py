@@ -40,6 +40,9 @@ INT32_MAX = 2**31 - 1
 MAX_SEQ_LEN_CAP = 131_072
 """Tokens; the longest sequence unless ``pool.max_seq_len`` says otherwise, so that a large pool keeps narrow tables."""
 
+MIN_TOKEN = 16
+"""Characters of the service's token."""
+
 ENV_PREFIX = "PAGEMGR_"
 
 _UNITS = {"b": 1} | {
@@ -93,6 +96,12 @@ def _known_policy(name: str) -> None:
 def _known_device(name: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name, re.ASCII):
         raise InvalidInput("must be auto, cpu, cuda or cuda:N")
+
+
+def _hard_to_guess(token: SecretStr) -> None:
+    text = token.get_secret_value()
+    if len(text) < MIN_TOKEN or not re.fullmatch(r"[!-~]+", text, re.ASCII):
+        raise InvalidInput(f"must be at least {MIN_TOKEN} visible ASCII characters: try openssl rand -hex 16")
 
 
 Whole = Annotated[int, BeforeValidator(_checked(_no_bool)), Field(ge=0, le=INT32_MAX)]
@@ -234,6 +243,18 @@ class MetricsConfig(_Section):
     """Report under vLLM's names as well what means the same, so that dashboards and routers made for it work."""
 
 
+class ServiceConfig(_Section):
+    """Where the page, the JSON API and the metrics are served by "pagemgr serve" and PagedKVCache.serve."""
+
+    host: Name = "127.0.0.1"
+    """Address to listen on. Whoever reaches it can read the state of the pool."""
+    port: Annotated[Whole, Field(le=65535)] = 8620
+    """Port to listen on; 0 takes a free one."""
+    token: Annotated[SecretStr, AfterValidator(_checked(_hard_to_guess))] | None = None
+    """What a client must know to change anything; nothing can be changed unless given. Other users of the machine see
+    what is typed: say it in the variable PAGEMGR_SERVICE__TOKEN or in a file."""
+
+
 class NativeConfig(_Section):
     """Compiled kernels. To use a library of your own, give its path as the backend."""
 
@@ -264,6 +285,7 @@ class Config(_Section):
     prefix: PrefixConfig = PrefixConfig()
     eviction: EvictionConfig = EvictionConfig()
     metrics: MetricsConfig = MetricsConfig()
+    service: ServiceConfig = ServiceConfig()
     native: NativeConfig = NativeConfig()
     debug: DebugConfig = DebugConfig()
 

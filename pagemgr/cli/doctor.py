@@ -7,12 +7,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 
 import click
 
 import pagemgr
 
+from .checkup import BROKEN, checkup
 from .output import print_json, print_table
 
 PACKAGES = ("numpy", "torch", "triton", "transformers", "matplotlib")
@@ -25,17 +27,25 @@ COMPILERS = ("g++", "nvcc")
 def command(ctx: click.Context, as_json: bool) -> None:
     """What can run on this machine, and what to do about the rest.
 
-    Exit code 0 if at least one backend can run, 1 if none can.
+    \b
+    pagemgr doctor && pagemgr demo
+    pagemgr doctor --json | jq '.findings[] | select(.verdict != "good")'
+
+    Exit code 0 if at least one backend can run and nothing is broken, else 1.
     """
-    machine, backends = dict(_machine()), _backends()
+    machine, backends, findings = dict(_machine()), _backends(), list(checkup())
     if as_json:
-        print_json({"machine": machine, "backends": backends})
+        print_json({"machine": machine, "backends": backends, "findings": list(map(asdict, findings))})
     else:
         print_table("machine", ("what", "found"), [(name, found or "not found") for name, found in machine.items()])
         click.echo()
         rows = [(row["name"], "yes" if row["available"] else "no", row["reason"]) for row in backends]
         print_table("backends", ("name", "can run", "if not, why and what to do"), rows)
-    ctx.exit(0 if any(row["available"] for row in backends) else 1)
+        click.echo()
+        shown = [(one.name, one.verdict, one.found, one.advice) for one in findings]
+        print_table("findings", ("what", "is", "found", "what to do"), shown)
+    runs, broken = any(row["available"] for row in backends), any(one.verdict == BROKEN for one in findings)
+    ctx.exit(0 if runs and not broken else 1)
 
 
 def _machine() -> Iterator[tuple[str, str | None]]:

@@ -10,6 +10,7 @@ import click
 
 import pagemgr
 from pagemgr.errors import OperatingError, UsageError
+from pagemgr.logs import JsonFormatter, TextFormatter
 
 COMMANDS = {
     "demo": "A chat-like workload through the real cache, and a picture of its memory.",
@@ -20,6 +21,11 @@ COMMANDS = {
     "build": "Compile the kernels for this machine before their first use.",
     "dashboard": "Print the Grafana dashboard, or write all that Prometheus and Grafana need.",
     "alerts": "Print the recording and alert rules for Prometheus.",
+    "serve": "A pool with a workload, to look at: a page, a JSON API, metrics and health.",
+    "top": "A running pool in the terminal, live.",
+    "plan": "How large a pool a model needs, and which knob to turn.",
+    "bench": "How fast the manager and the backends are on this machine.",
+    "inspect": "What is in the dump of a pool, and what is wrong with it.",
     "doctor": "What can run on this machine, and what to do about the rest.",
 }
 """Name → summary. ``pagemgr.cli.<name>.command`` is imported only when it runs: the list must not wait for torch."""
@@ -66,11 +72,18 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(pagemgr.__version__, prog_name="pagemgr")
 @click.option("-v", "--verbose", count=True, help="Log to stderr what pagemgr does; twice for the details.")
-def main(verbose: int) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="How -v logs: for people, or an object a line.",
+)
+def main(verbose: int, log_format: str) -> None:
     """The memory manager that an LLM inference engine embeds for its KV cache."""
     if verbose:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(relativeCreated)7.0f ms %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
         logger = logging.getLogger("pagemgr")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)

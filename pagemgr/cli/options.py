@@ -35,15 +35,25 @@ def config_options(function: Command) -> Command:
 
 def loaded_options(function: Command) -> Command:
     """Add the flags, and pass ``loaded: Loaded``, the config with the origin of every value, to the function."""
+
+    @functools.wraps(function)
+    def with_loaded(*args: Any, config_file: str | None, overrides: dict[str, object], **kwargs: Any) -> Any:
+        return function(*args, loaded=load(config_file, overrides), **kwargs)
+
+    return setting_options(with_loaded)
+
+
+def setting_options(function: Command) -> Command:
+    """Add the flags, and pass ``config_file`` and ``overrides``, what ``load`` takes, to the function."""
     keys = {key.replace(".", "__"): key for key, _ in leaves(Config)}
 
     @functools.wraps(function)
-    def with_loaded(*args: Any, config_file: str | None, **kwargs: Any) -> Any:
+    def with_settings(*args: Any, **kwargs: Any) -> Any:
         given = {key: kwargs.pop(parameter) for parameter, key in keys.items()}
         overrides = {key: value for key, value in given.items() if value is not None}
-        return function(*args, loaded=load(config_file, overrides), **kwargs)
+        return function(*args, overrides=overrides, **kwargs)
 
-    command: Command = with_loaded
+    command: Command = with_settings
     for key, field in reversed(list(leaves(Config))):
         # Text goes to the config as it was typed: one place converts and refuses it, whatever the source.
         default = None if field.is_required() or field.default in (None, PydanticUndefined) else field.default

@@ -43,6 +43,15 @@ def counted(counts: Mapping[str, int]) -> str:
     return f"{sum(counts.values()):,}" + (f": {parts}" if parts else "")
 
 
+def amount(count: float) -> str:
+    """Bytes as people read them: ``2.0 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
 def _text(cell: object) -> str:
     if isinstance(cell, bool):
         return str(cell).lower()

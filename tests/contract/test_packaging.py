@@ -20,7 +20,22 @@ import pagemgr
 pytestmark = pytest.mark.xdist_group("packaging")  # one build for all of them
 
 LINKED = ("backends", "metrics", "native")
-SHIPPED = {".py", ".typed", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".json", ".yaml"}
+SHIPPED = {
+    ".py",
+    ".typed",
+    ".h",
+    ".hpp",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".json",
+    ".yaml",
+    ".css",
+    ".html",
+    ".js",
+    ".LICENSE",
+    ".toml",
+}
 PROBES = ("native/probe.h", "native/probe.hpp", "native/cpu/probe.cpp", "native/cuda/probe.cu", "native/cuda/probe.cuh")
 """Sources added to the copy that is built, so that the patterns are tested for every kind of file and depth."""
 
