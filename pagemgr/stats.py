@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,12 +71,12 @@ class Histogram:
     exemplars: list[Exemplar | None] = field(default_factory=lambda: [None] * (len(BUCKETS) + 1))
     """The latest duration of each bucket."""
 
-    def add(self, seconds: float, labels: dict[str, object]) -> None:
-        """Count one duration."""
+    def add(self, seconds: float, labels: dict[str, object], now: float) -> None:
+        """Count one duration that ended ``now``, in seconds since the epoch."""
         bucket = bisect_left(BUCKETS, seconds)
         self.counts[bucket] += 1
         self.sum += seconds
-        self.exemplars[bucket] = (labels, seconds, time.time())
+        self.exemplars[bucket] = (labels, seconds, now)
 
     def copy(self) -> Histogram:
         """As it is now."""

@@ -78,7 +78,7 @@ class Timings:
         histogram = self._histograms[operation][kind]
         with self._lock:
             if isinstance(since, float) and isinstance(now, float):
-                histogram.add(now - since, labels)
+                histogram.add(now - since, labels, time.time())
             elif isinstance(since, torch.cuda.Event) and isinstance(now, torch.cuda.Event):
                 self._pending.append((histogram, since, now, labels))
                 self._collect()
@@ -99,7 +99,7 @@ class Timings:
         try:
             while self._pending and self._pending[0][2].query():  # type: ignore[no-untyped-call]
                 histogram, since, until, labels = self._pending.popleft()
-                histogram.add(since.elapsed_time(until) / 1e3, labels)
+                histogram.add(since.elapsed_time(until) / 1e3, labels, time.time())
         except RuntimeError:
             self._give_up()
 

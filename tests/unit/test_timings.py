@@ -181,7 +181,7 @@ def test_the_time_is_that_on_the_clock() -> None:
 def test_a_duration_is_counted_in_the_bucket_that_it_does_not_exceed() -> None:
     histogram = Histogram()
     for seconds in (0.0, 1e-6, 1.1e-6, 10.0, 11.0):
-        histogram.add(seconds, {"step": seconds})
+        histogram.add(seconds, {"step": seconds}, 1.5e9)
     assert histogram.counts == [2, 1, *[0] * (len(BUCKETS) - 3), 1, 1]
     assert histogram.sum == pytest.approx(21.0000021)
     assert [e[1] for e in histogram.exemplars if e is not None] == [1e-6, 1.1e-6, 10.0, 11.0]
