@@ -21,6 +21,7 @@ from .errors import InvalidInput, OutOfBlocks, OutOfSequences, SequenceTooLong, 
 from .ids import BatchTokens, LateTokens, TokenArray, Tokens, fill_in, pack_batch, pack_tokens
 from .layout import NULL_BLOCK
 from .native.build import DEFAULT_CACHE_DIR
+from .ownership import OneProcess
 from .plan import Ints, Plan, Transfer
 from .pool import Fence
 from .prefix import DIGEST_BYTES, Namespace, PrefixIndex
@@ -43,13 +44,14 @@ class _StepFence:
         return self.step not in self.in_flight
 
 
-class _Verb:
+class _Verb(OneProcess):
     """Runs a verb under the lock, once the blocks whose fences have passed are collected, and counts its refusal."""
 
     def __init__(self, lock: threading.RLock, tiers: tuple[Tier, ...], counters: Counters) -> None:
         self._lock, self._tiers, self._counters = lock, tiers, counters
 
     def __enter__(self) -> None:
+        self.require_process()  # before the lock: a thread that does not exist here may hold it
         self._lock.acquire()
         try:
             for tier in self._tiers:
@@ -72,7 +74,7 @@ _REFUSALS: dict[type[BaseException], str] = {
 }
 
 
-class BlockManager:
+class BlockManager(OneProcess):
     """Blocks, sequences and prefixes of one pool with an optional host tier.
 
     ``num_blocks`` and ``num_host_blocks`` include the null block of their tier; a host tier of 0 blocks means no

@@ -14,7 +14,7 @@ import pytest
 # Bottom to top: a unit (a module, or a whole folder) imports only from rows below its own.
 LAYERS = (
     ("errors",),
-    ("layout", "eviction", "stats", "sources", "ids", "events"),
+    ("layout", "eviction", "stats", "sources", "ids", "events", "ownership"),
     ("native",),
     ("plan", "pool", "prefix", "config"),
     ("sequences", "tier"),
