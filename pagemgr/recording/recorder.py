@@ -52,6 +52,7 @@ class RecordingManager(BlockManager):
 
     def _record(self, verb: str, bound: inspect.BoundArguments, method: Callable[..., Any]) -> Any:
         """Make a call with exactly what was written of its arguments."""
+        self.require_process()  # a child shares the file
         with self._lock:
             if self._is_writing:  # a verb that a fence calls while it is asked is part of the call that asks
                 return method(*bound.args, **bound.kwargs)
