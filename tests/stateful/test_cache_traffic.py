@@ -37,7 +37,7 @@ class Traffic:
             num_layers=3, num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, windows=WINDOWS, dtype=dtype
         )
         pool = PoolConfig(
-            num_blocks=90, block_size=8, host_blocks=70, host_cache=host_cache, max_seq_len=LONGEST, rollback=4
+            num_blocks=50, block_size=8, host_blocks=60, host_cache=host_cache, max_seq_len=LONGEST, rollback=4
         )
         debug = DebugConfig(level=2)
         self.cache = PagedKVCache(Config(model=model, pool=pool, device=device, backend=backend, debug=debug))
@@ -143,7 +143,7 @@ def run(device: str, backend: str, host_cache: str, calls: int) -> None:
 def test_attention_is_what_it_would_be_without_blocks(backend: str, host_cache: str) -> None:
     if backend == "cpu":
         pytest.importorskip("cffi")
-    run("cpu", backend, host_cache, calls=250)
+    run("cpu", backend, host_cache, calls=320)
 
 
 @pytest.mark.gpu
