@@ -15,7 +15,7 @@ import torch
 
 from pagemgr.batch import PagedBatch
 
-from .interface import AttentionParams, Capabilities, Feature, KVLayer
+from .interface import LARGEST, AttentionParams, Capabilities, Feature, KVLayer
 from .oracle import dense_attention
 
 NUM_LAYERS, LAYER = 3, 1
@@ -57,6 +57,8 @@ class Case:
     sinks: bool = False
     with_lse: bool = False
     poison: float = torch.nan
+    kv_dtype: torch.dtype | None = None
+    """What the pool holds, quantised; ``dtype`` unless given."""
 
     @property
     def heads(self) -> int:
@@ -82,17 +84,20 @@ class Problem:
     query: torch.Tensor
     """``[num_tokens, heads, head_dim]``, a slice of a wider tensor, as of a fused projection."""
     pool: torch.Tensor
-    """``[num_blocks, NUM_LAYERS, 2, kv_heads, block_size, head_dim]``."""
+    """Bytes, uint8 ``[num_blocks, NUM_LAYERS, layer_bytes]``."""
+    stored: torch.dtype
+    shape: tuple[int, int, int]
+    """(kv_heads, block_size, head_dim)"""
     batch: PagedBatch
     params: AttentionParams
     keys: tuple[torch.Tensor, ...]
-    """Per sequence ``[seq_len, kv_heads, head_dim]``."""
+    """Per sequence ``[seq_len, kv_heads, head_dim]``: what the pool holds, not quantised."""
     values: tuple[torch.Tensor, ...]
 
     @property
     def kv(self) -> KVLayer:
         """The layer of the pool that holds keys and values."""
-        return KVLayer(self.pool[:, LAYER, 0], self.pool[:, LAYER, 1])
+        return KVLayer.of(self.pool[:, LAYER], self.stored, self.shape)
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """By the oracle, float64 on the CPU: outputs and log denominators, for the lengths now in ``batch``."""
@@ -113,19 +118,26 @@ def build(case: Case, generator: torch.Generator, device: str) -> Problem:
     counts = [-(-seq_len // size) for seq_len, _ in case.seqs]
     block_ids = torch.split(1 + torch.randperm(sum(counts) + 4, generator=generator), [*counts, 4])
     table = torch.zeros(len(counts), max(counts, default=0) + 2, dtype=torch.int32)
-    pool = torch.full(
-        (sum(counts) + 5, NUM_LAYERS, 2, case.kv_heads, size, case.head_dim), case.poison, dtype=case.dtype
-    )
-    keys, values, slots = [], [], []
+    stored, shape = case.kv_dtype or case.dtype, (case.kv_heads, size, case.head_dim)
+    pool = _poisoned(sum(counts) + 5, stored, shape, case.poison)
+    kv = KVLayer.of(pool[:, LAYER], stored, shape)
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    slots: list[torch.Tensor] = []
     for row, (seq_len, new) in enumerate(case.seqs):
-        key, value = torch.randn(2, seq_len, case.kv_heads, case.head_dim, generator=generator).to(case.dtype)
         first = 0 if case.window is None else max(0, seq_len - new - case.window + 1)  # what the first new token sees
         positions = torch.arange(first, seq_len)
         blocks, offsets = block_ids[row][positions // size], positions % size
-        pool[blocks, LAYER, 0, :, offsets], pool[blocks, LAYER, 1, :, offsets] = key[first:], value[first:]
+        for part, scale, held in ((kv.key, kv.key_scale, keys), (kv.value, kv.value_scale, values)):
+            rows = torch.randn(seq_len, case.kv_heads, case.head_dim, generator=generator)
+            if scale is not None:  # any scales, not those that write_kv would choose
+                scales = 2 ** (2 * torch.rand(rows.shape[:2], generator=generator)) / LARGEST[stored]
+                scale[blocks, :, offsets] = scales[first:]
+                rows = (rows / scales.unsqueeze(-1)).clamp(-LARGEST[stored], LARGEST[stored])
+            rows = rows.to(stored)
+            part[blocks, :, offsets] = rows[first:]
+            held.append((rows if scale is None else rows.double() * scales.double().unsqueeze(-1)).to(device))
         table[row, first // size : counts[row]] = block_ids[row][first // size :]
-        keys.append(key.to(device))
-        values.append(value.to(device))
         slots.append((blocks * size + offsets)[len(blocks) - new :] if seq_len else torch.full((new,), -1))
     slots.append(torch.full((case.padding,), -1))
     news = [new for _, new in case.seqs]
@@ -139,7 +151,18 @@ def build(case: Case, generator: torch.Generator, device: str) -> Problem:
         max_query_len=max(news, default=0),
         max_seq_len=max((seq_len for seq_len, _ in case.seqs), default=0),
     )
-    return Problem(query[:, : case.heads], pool.to(device), batch, params, tuple(keys), tuple(values))
+    return Problem(query[:, : case.heads], pool.to(device), stored, shape, batch, params, tuple(keys), tuple(values))
+
+
+def _poisoned(num_blocks: int, stored: torch.dtype, shape: tuple[int, int, int], poison: float) -> torch.Tensor:
+    """A pool whose every element is ``poison``; quantised, every scale, and elements NaN or the largest there are."""
+    token_bytes = shape[2] * stored.itemsize + (4 if stored in LARGEST else 0)
+    pool = torch.full((num_blocks, NUM_LAYERS, 2 * shape[0] * shape[1] * token_bytes), 0x7F, dtype=torch.uint8)
+    for layer in pool.unbind(1):
+        kv = KVLayer.of(layer, stored, shape)
+        for part, scale in ((kv.key, kv.key_scale), (kv.value, kv.value_scale)):
+            (part if scale is None else scale).fill_(poison)
+    return pool
 
 
 def base_case(capabilities: Capabilities) -> Case:
@@ -184,6 +207,28 @@ def attention_cases(capabilities: Capabilities) -> Iterator[tuple[str, Case]]:
             yield name, case
     for name, seqs, padding in _batch_shapes(base.block_size):
         yield name, replace(base, seqs=seqs, padding=padding)
+    for kv_dtype in sorted(capabilities.kv_dtypes, key=str):
+        for name, case in _quantised_cases(base, capabilities):
+            yield f"{kv_dtype}-{name}", replace(case, kv_dtype=kv_dtype)
+
+
+def _quantised_cases(base: Case, capabilities: Capabilities) -> Iterator[tuple[str, Case]]:
+    """What reads scales otherwise, or from elsewhere."""
+    every = {key: value for feature in capabilities.features for key, value in FEATURES[feature].items()}
+    for dtype in sorted(capabilities.dtypes, key=str):
+        yield f"{dtype}", replace(base, dtype=dtype)
+        yield f"{dtype}-all-features", replace(base, dtype=dtype, **every | {"causal": base.causal})
+    for dim in sorted(capabilities.head_dims or ANY_HEAD_DIM):
+        yield f"head_dim-{dim}", replace(base, head_dim=dim)
+    for size in sorted(capabilities.block_sizes or ANY_BLOCK_SIZE):
+        yield f"block_size-{size}", replace(base, block_size=size, seqs=mixed(size))
+    groups = sorted(capabilities.group_sizes or ANY_GROUP_SIZE)
+    for group in sorted({groups[0], groups[-1]}):
+        yield f"group_size-{group}", replace(base, group_size=group)
+    yield "infinite-poison", replace(base, poison=torch.inf)
+    for name, seqs, padding in _batch_shapes(base.block_size):
+        if "long" in name or name == "chunks":
+            yield name, replace(base, seqs=seqs, padding=padding)
 
 
 def _mask_cases(size: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -223,6 +268,8 @@ def refused_layouts(capabilities: Capabilities) -> Iterator[tuple[str, Case]]:
     floats = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
     for dtype in sorted(floats - capabilities.dtypes, key=str):
         yield f"{dtype}", replace(base, dtype=dtype)
+    for kv_dtype in sorted(LARGEST.keys() - capabilities.kv_dtypes, key=str):
+        yield f"{kv_dtype}", replace(base, kv_dtype=kv_dtype)
     for dim in _outside(capabilities.head_dims):
         yield f"head_dim-{dim}", replace(base, head_dim=dim)
     for size in _outside(capabilities.block_sizes):

@@ -7,6 +7,7 @@ contradict each other are ``InvalidInput``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,9 @@ from pagemgr.batch import PagedBatch
 from pagemgr.errors import InvalidInput, UnsupportedFeature
 from pagemgr.layout import BlockLayout
 
-from .interface import AttentionParams, Backend, Feature, KVLayer
+from .interface import LARGEST, AttentionParams, Backend, Capabilities, Feature, KVLayer
+
+_missing = functools.lru_cache(maxsize=1024)(Capabilities.missing)  # every layer of every step asks the same
 
 
 def require(
@@ -28,8 +31,8 @@ def require(
     """Raise ``UnsupportedFeature`` unless the backend serves this pool; ``needs`` are ``AttentionParams.features``."""
     if group_size < 1:
         raise InvalidInput(f"group_size (query heads per K/V head) must be at least 1, got {group_size}")
-    dtype = getattr(torch, layout.dtype.value)
-    _refuse(backend, torch.device(device).type, dtype, layout.head_dim, layout.block_size, group_size, needs)
+    dtype, stored = getattr(torch, layout.dtype.value), getattr(torch, layout.stored)
+    _refuse(backend, torch.device(device).type, dtype, stored, layout.head_dim, layout.block_size, group_size, needs)
 
 
 def check_write(
@@ -38,9 +41,9 @@ def check_write(
     """Check the arguments of ``write_kv``."""
     _, kv_heads, block_size, head_dim = _shape("kv.key", kv.key, 4)
     tokens = (*_shape("slot_mapping", slot_mapping, 1), kv_heads, head_dim)
-    dtype, device = kv.key.dtype, kv.key.device
-    _refuse(backend, device.type, dtype, head_dim, block_size)
-    _expect("kv.value", kv.value, kv.key.shape, dtype, device)
+    dtype, device = _unquantised(kv.key.dtype, key.dtype), kv.key.device
+    _refuse(backend, device.type, dtype, kv.key.dtype, head_dim, block_size)
+    _expect_alike(kv)
     _expect("key", key, tokens, dtype, device)
     _expect("value", value, tokens, dtype, device)
     _expect("slot_mapping", slot_mapping, tokens[:1], torch.int64, device)
@@ -60,11 +63,11 @@ def check_attention(
     _, heads, _ = _shape("query", query, 3)
     if heads % kv_heads:
         raise InvalidInput(f"query has {heads} heads, which is not a multiple of the {kv_heads} K/V heads")
-    dtype, device = kv.key.dtype, kv.key.device
+    dtype, device = _unquantised(kv.key.dtype, query.dtype), kv.key.device
     needs = params.features(with_lse=lse is not None)
-    _refuse(backend, device.type, dtype, head_dim, block_size, heads // kv_heads, needs)
+    _refuse(backend, device.type, dtype, kv.key.dtype, head_dim, block_size, heads // kv_heads, needs)
     tokens = (batch.num_tokens, heads, head_dim)
-    _expect("kv.value", kv.value, kv.key.shape, dtype, device)
+    _expect_alike(kv)
     _expect("query", query, tokens, dtype, device)
     width = _shape("batch.block_table", batch.block_table, 2)[1]
     _expect("batch.block_table", batch.block_table, (batch.num_seqs, width), torch.int32, device)
@@ -95,16 +98,34 @@ def check_merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> N
         _expect(f"lses[{part}]", lse, shape[:2], torch.float32, device)
 
 
+def _unquantised(stored: torch.dtype, given: torch.dtype) -> torch.dtype:
+    """What queries, keys and values have to be: anything if the pool is quantised, else what it holds."""
+    return given if stored in LARGEST else stored
+
+
+def _expect_alike(kv: KVLayer) -> None:
+    """Values like keys, and scales for both if they are quantised."""
+    key = kv.key
+    _expect("kv.value", kv.value, key.shape, key.dtype, key.device)
+    for name, scale in (("kv.key_scale", kv.key_scale), ("kv.value_scale", kv.value_scale)):
+        if (scale is not None) != (key.dtype in LARGEST):
+            wanted = "missing" if scale is None else "given"
+            raise InvalidInput(f"{name} is {wanted}, with keys and values stored as {key.dtype}")
+        if scale is not None:
+            _expect(name, scale, key.shape[:3], torch.float32, key.device)
+
+
 def _refuse(
     backend: Backend,
     device: str,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     head_dim: int,
     block_size: int,
     group_size: int | None = None,
     needs: frozenset[Feature] = frozenset(),
 ) -> None:
-    reasons = backend.capabilities().missing(device, dtype, head_dim, block_size, group_size, needs)
+    reasons = _missing(backend.capabilities(), device, dtype, head_dim, block_size, group_size, needs, kv_dtype)
     if reasons:
         raise UnsupportedFeature(backend.name, reasons)
 

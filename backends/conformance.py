@@ -14,7 +14,8 @@ it cannot run, or torch has no such device, all is skipped, with the reason. Eac
 so ``pytest -k alibi`` selects; ``for check in checks(MyBackend(), "cuda"): check.run()`` does the same by hand.
 
 Results are compared with ``oracle.dense_attention`` (float64) within ``TOLERANCE``, bytes with ``==``. Every slot that
-must not be read is NaN or infinite, block tables are shuffled, layers are strided views of a block-major pool.
+must not be read is NaN or infinite, or its scale is, block tables are shuffled, layers are strided views of a
+block-major pool.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ import torch
 
 from pagemgr.errors import UnsupportedFeature
 
-from .cases import LAYER, Case, Problem, attention_cases, base_case, build, refused_layouts, refused_queries
-from .interface import AttentionParams, Backend, Feature
+from .cases import Case, Problem, attention_cases, base_case, build, refused_layouts, refused_queries
+from .interface import LARGEST, LEAST_SCALE, AttentionParams, Backend, Feature, KVLayer
 from .oracle import dense_attention
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -101,6 +102,9 @@ def _claims(
     for dtype in sorted(capabilities.dtypes, key=str):
         for verb, verify in (("write_kv", _writes), ("copy_blocks", _copies), ("merge", _merges)):
             yield f"{verb}-{dtype}", partial(verify, replace(base, dtype=dtype))
+        for kv_dtype in sorted(capabilities.kv_dtypes, key=str):
+            case = replace(base, dtype=dtype, kv_dtype=kv_dtype)
+            yield f"write_kv-{dtype}-as-{kv_dtype}", partial(_quantises, case)
     yield "write_kv-nothing", partial(_writes_nothing, base)
     for name, case in attention_cases(capabilities):
         yield f"attention-{name}", partial(_attends, case)
@@ -167,20 +171,74 @@ def _same_bytes(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None
 def _writes(case: Case, backend: Backend, device: str, generator: torch.Generator) -> None:
     problem = build(case, generator, device)
     pool = problem.pool
-    num_slots, count = len(pool) * case.block_size, 4 * case.block_size + 3
-    slots = torch.randperm(num_slots, generator=generator)[:count]
-    slots[torch.rand(count, generator=generator) < 0.2] = -1
-    slots[[0, -1]] = -1
-    tokens = torch.randn(count, 3, case.kv_heads, case.head_dim, generator=generator).to(device, case.dtype)
+    slots = _slots(case, len(pool), generator)
+    tokens = torch.randn(len(slots), 3, case.kv_heads, case.head_dim, generator=generator).to(device, case.dtype)
     key, value = tokens[:, 0], tokens[:, 2]  # strided, as slices of a fused projection are
-    expected = pool.clone()
+    expected = replace(problem, pool=pool.clone())
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             block, offset = divmod(slot, case.block_size)
-            expected[block, LAYER, 0, :, offset] = key[token]
-            expected[block, LAYER, 1, :, offset] = value[token]
+            expected.kv.key[block, :, offset] = key[token]
+            expected.kv.value[block, :, offset] = value[token]
     backend.write_kv(key, value, problem.kv, slots.to(device))
-    _same_bytes(pool, expected, "the pool after write_kv")
+    _same_bytes(pool, expected.pool, "the pool after write_kv")
+
+
+def _slots(case: Case, num_blocks: int, generator: torch.Generator) -> torch.Tensor:
+    """Slots all over the pool, some of them -1."""
+    count = 4 * case.block_size + 3
+    slots = torch.randperm(num_blocks * case.block_size, generator=generator)[:count]
+    slots[torch.rand(count, generator=generator) < 0.2] = -1
+    slots[[0, -1]] = -1
+    return slots
+
+
+def _quantises(case: Case, backend: Backend, device: str, generator: torch.Generator) -> None:
+    """Scales are those that ``write_kv`` promises, elements the nearest ones, and nothing else changed.
+
+    Rows have magnitudes of their own; one of three is 0, one too small for a scale.
+    """
+    problem = build(case, generator, device)
+    slots = _slots(case, len(problem.pool), generator)
+    written = slots >= 0
+    rows = torch.randn(len(slots), 2, case.kv_heads, case.head_dim, generator=generator)
+    rows *= 10 ** (6 * torch.rand(rows.shape[:3], generator=generator) - 3).unsqueeze(-1)
+    rows[written.nonzero()[::3], 0] = 0
+    rows[written.nonzero()[1::3], 1] = 1e-39
+    rows = rows.to(device, case.dtype)
+    before = replace(problem, pool=problem.pool.clone())
+    backend.write_kv(rows[:, 0], rows[:, 1], problem.kv, slots.to(device))
+    blocks, offsets = (
+        part.to(device) for part in (slots[written] // case.block_size, slots[written] % case.block_size)
+    )
+    for i, name in enumerate(("key", "value")):
+        (stored, scales), (old, old_scales) = _parts(problem.kv, name), _parts(before.kv, name)
+        _nearest(rows[written.to(device), i], stored[blocks, :, offsets], scales[blocks, :, offsets], name)
+        old[blocks, :, offsets], old_scales[blocks, :, offsets] = stored[blocks, :, offsets], scales[blocks, :, offsets]
+    _same_bytes(problem.pool, before.pool, "the pool after write_kv, but for the slots,")
+
+
+def _parts(kv: KVLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return getattr(kv, name), getattr(kv, f"{name}_scale")
+
+
+def _nearest(rows: torch.Tensor, stored: torch.Tensor, scales: torch.Tensor, name: str) -> None:
+    exact = rows.cpu().double()
+    wanted = exact.abs().amax(-1) / LARGEST[stored.dtype]
+    wanted = wanted.masked_fill(wanted < LEAST_SCALE, 0)
+    torch.testing.assert_close(
+        scales.cpu().double(), wanted, atol=0, rtol=1e-6, msg=lambda text: f"scales of the {name}: {text}"
+    )
+    ratio = exact / scales.cpu().double().masked_fill(scales.cpu() == 0, torch.inf).unsqueeze(-1)
+    half_step = torch.full_like(ratio, 0.5)
+    if stored.dtype.is_floating_point:
+        info = torch.finfo(stored.dtype)
+        half_step = ratio.abs().clamp(min=info.tiny) * info.eps / 2
+    off = (stored.cpu().double() - ratio).abs()
+    if bool((off > half_step * (1 + 1e-5)).any()) or bool(off.isnan().any()):
+        raise AssertionError(
+            f"elements of the {name} are not the nearest: off by {float((off / half_step).max())} halves"
+        )
 
 
 def _writes_nothing(case: Case, backend: Backend, device: str, generator: torch.Generator) -> None:

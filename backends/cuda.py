@@ -49,7 +49,7 @@ class CudaBackend(BuiltBackend):
         offset = self.library.ffi.offsetof
         struct = "pagemgr_attention_args"
         self._word = {name: offset(struct, name) // 8 for name in _POINTERS}
-        self._word |= {name: offset(struct, "kv", name) // 8 for name in ("key", "value")}
+        self._word |= {name: offset(struct, "kv", name) // 8 for name in ("key", "value", "key_scale", "value_scale")}
         self._word["stream"] = offset(struct, "run", "stream") // 8
         self._idle: dict[tuple[Any, ...], _Call] = {}  # a call takes its own out, so that no two threads use it at once
 
@@ -69,6 +69,7 @@ class CudaBackend(BuiltBackend):
         slopes, sinks = params.alibi_slopes, params.sinks
         signature = (
             *map(_facts, (query, kv.key, kv.value, out, table, seq_lens, query_start, lse, slopes, sinks)),
+            *map(_facts, (kv.key_scale, kv.value_scale)),
             *(batch.slot_mapping.shape, batch.max_query_len, batch.max_seq_len),
             *(params.scale, params.causal, params.window, params.softcap),
         )
@@ -80,6 +81,8 @@ class CudaBackend(BuiltBackend):
         workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=device)
         words[word["query"]], words[word["out"]] = query.data_ptr(), out.data_ptr()
         words[word["key"]], words[word["value"]] = kv.key.data_ptr(), kv.value.data_ptr()
+        words[word["key_scale"]] = 0 if kv.key_scale is None else kv.key_scale.data_ptr()
+        words[word["value_scale"]] = 0 if kv.value_scale is None else kv.value_scale.data_ptr()
         words[word["block_table"]], words[word["seq_lens"]] = table.data_ptr(), seq_lens.data_ptr()
         words[word["query_start"]], words[word["workspace"]] = query_start.data_ptr(), workspace.data_ptr()
         words[word["lse"]] = 0 if lse is None else lse.data_ptr()

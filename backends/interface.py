@@ -13,12 +13,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
 from pagemgr.batch import PagedBatch
 from pagemgr.errors import InvalidInput
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
+"""The quantised types that a pool may hold, each with the magnitude that the largest element of a row becomes."""
+
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+"""Smaller scales are 0, as those of rows of zeros: their rows are stored as 0."""
 
 
 class Feature(StrEnum):
@@ -39,10 +45,29 @@ class KVLayer:
 
     Views with the strides of the block-major layout (see ``pagemgr.layout``): dim is contiguous, nothing else is
     promised. Both have the same strides.
+
+    If they are of a type in ``LARGEST``, there are ``key_scale`` and ``value_scale``, float32 ``[num_blocks,
+    num_kv_heads, block_size]`` with tokens contiguous and the same strides, and what is held is ``key * key_scale``;
+    else there is neither. The scale of an unwritten slot may be anything, too.
     """
 
     key: torch.Tensor
     value: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: torch.Tensor, stored: torch.dtype, shape: tuple[int, int, int]) -> Self:
+        """The views of a layer's bytes, uint8 ``[num_blocks, layer_bytes]``, as ``pagemgr.layout`` draws them.
+
+        ``stored`` is the type of the elements, ``shape`` (num_kv_heads, block_size, head_dim).
+        """
+        row = math.prod(shape) * stored.itemsize
+        key, value, scales = layer[:, :row], layer[:, row : 2 * row], layer[:, 2 * row :]
+        parts = [part.view(stored).view(-1, *shape) for part in (key, value)]
+        if stored in LARGEST:
+            parts += scales.view(torch.float32).view(-1, 2, *shape[:2]).unbind(1)
+        return cls(*parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +119,13 @@ class Capabilities:
     devices: frozenset[str] | None
     """torch device types, such as ``"cpu"`` and ``"cuda"``."""
     dtypes: frozenset[torch.dtype]
-    """Of queries, keys and values (all alike)."""
+    """Of queries, new keys and values, and outputs (all alike)."""
     head_dims: frozenset[int] | None = None
     group_sizes: frozenset[int] | None = None
     """Query heads per K/V head."""
     block_sizes: frozenset[int] | None = None
+    kv_dtypes: frozenset[torch.dtype] = frozenset()
+    """Quantised types that K and V may be stored as, of those in ``LARGEST``. As they come, they may be always."""
     features: frozenset[Feature] = field(default_factory=lambda: frozenset(Feature))
     graph_capture: bool = False
     """Whether ``write_kv`` and ``attention`` may be captured in a CUDA graph: no synchronisation, no reading of tensors
@@ -113,14 +140,17 @@ class Capabilities:
         block_size: int,
         group_size: int | None = None,
         needs: frozenset[Feature] = frozenset(),
+        kv_dtype: torch.dtype | None = None,
     ) -> tuple[str, ...]:
         """Why this combination cannot run, one sentence each; empty if it can.
 
-        ``device`` is a torch device type; ``group_size`` is None where no query is involved.
+        ``device`` is a torch device type; ``group_size`` is None where no query is involved; ``kv_dtype`` is what K and
+        V are stored as, ``dtype`` unless given.
         """
         asked: tuple[tuple[str, object, frozenset[Any] | None], ...] = (
             ("device", device, self.devices),
             ("dtype", dtype, self.dtypes),
+            ("kv_dtype", kv_dtype or dtype, self.kv_dtypes | {dtype}),
             ("head_dim", head_dim, self.head_dims),
             ("block_size", block_size, self.block_sizes),
             ("group size", group_size, None if group_size is None else self.group_sizes),
@@ -161,6 +191,9 @@ class Backend(Protocol):
         """Store new tokens: ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]`` into their slots.
 
         ``slot_mapping`` int64 ``[num_tokens]``; a slot of -1 writes nothing. No two tokens share a slot.
+
+        Into a quantised pool goes ``x / scale``, rounded to nearest, and the scale of each row of ``head_dim``: its
+        largest magnitude over that of the type (``LARGEST``), or 0 with elements of 0 if that is below ``LEAST_SCALE``.
         """
 
     def attention(

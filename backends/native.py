@@ -34,6 +34,16 @@ _DTYPES = {
     "PAGEMGR_FLOAT16": torch.float16,
     "PAGEMGR_BFLOAT16": torch.bfloat16,
 }
+_KV_DTYPES = {
+    "PAGEMGR_KV_FLOAT8_E4M3FN": torch.float8_e4m3fn,
+    "PAGEMGR_KV_FLOAT8_E5M2": torch.float8_e5m2,
+    "PAGEMGR_KV_INT8": torch.int8,
+}
+_ERRORS = {
+    "PAGEMGR_BAD_BLOCK": "a block id is not in the pool",
+    "PAGEMGR_BAD_SLOT": "a slot is neither in the pool nor -1",
+    "PAGEMGR_BAD_LENGTH": "a length is below 0 or above max_seq_len",
+}
 _STRUCTS = {
     "PAGEMGR_STRUCT_CAPABILITIES": "pagemgr_capabilities",
     "PAGEMGR_STRUCT_WRITE_KV": "pagemgr_write_kv_args",
@@ -59,12 +69,17 @@ class NativeLibrary:
         self._compare()
         self.capabilities = self._read_capabilities()
         self.dtypes: dict[torch.dtype, int] = {kind: getattr(self.lib, name) for name, kind in _DTYPES.items()}
+        self.kv_dtypes: dict[torch.dtype, int] = {kind: getattr(self.lib, name) for name, kind in _KV_DTYPES.items()}
 
     def call(self, function: str, *args: Any) -> None:
         """Call ``pagemgr_<function>``. This is the one place where a status becomes an exception."""
         status = getattr(self.lib, f"pagemgr_{function}")(*args)
         if status:
             raise self._error(function, status)
+
+    def describe(self, errors: int) -> str:
+        """An error word, in words."""
+        return ", ".join(text for name, text in _ERRORS.items() if errors & getattr(self.lib, name))
 
     def _error(self, function: str, status: int) -> Exception:
         message = self.ffi.string(self.lib.pagemgr_message()).decode(errors="replace")
@@ -118,6 +133,9 @@ class NativeLibrary:
         return Capabilities(
             devices=frozenset({device}),
             dtypes=frozenset(kind for name, kind in _DTYPES.items() if declared.dtypes >> getattr(self.lib, name) & 1),
+            kv_dtypes=frozenset(
+                kind for name, kind in _KV_DTYPES.items() if declared.kv_dtypes >> getattr(self.lib, name) & 1
+            ),
             head_dims=_numbers(declared.head_dims),
             group_sizes=_numbers(declared.group_sizes),
             block_sizes=_numbers(declared.block_sizes),
@@ -182,13 +200,13 @@ class NativeBackend:
         library = self.library
         args = library.ffi.new("pagemgr_write_kv_args *")
         self._set_run(args.run, key.device)
-        self._set_kv(args.kv, kv)
+        self._set_kv(args.kv, kv, key.dtype)
         args.key, args.value = library.pointer(key), library.pointer(value)
         args.slot_mapping = library.pointer(slot_mapping)
         args.key_token_stride, args.key_head_stride, _ = key.stride()
         args.value_token_stride, args.value_head_stride, _ = value.stride()
         args.num_tokens = key.shape[0]
-        library.call("write_kv", args)
+        self._call("write_kv", args)
 
     def attention(
         self,
@@ -201,7 +219,8 @@ class NativeBackend:
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
         library = self.library
-        facts = (torch.get_num_threads(), *map(_layout, (query, kv.key, kv.value, out, lse)))
+        tensors = (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)
+        facts = (torch.get_num_threads(), *map(_layout, tensors))
         last = self._last
         if last is None or last.batch is not batch or last.params is not params or last.facts != facts:
             check_attention(self, query, kv, batch, params, out, lse)
@@ -210,12 +229,14 @@ class NativeBackend:
         args = library.ffi.new("pagemgr_attention_args *", last.args)
         self._set_run(args.run, query.device)
         args.kv.key, args.kv.value = library.pointer(kv.key), library.pointer(kv.value)
+        if kv.key_scale is not None and kv.value_scale is not None:
+            args.kv.key_scale, args.kv.value_scale = library.pointer(kv.key_scale), library.pointer(kv.value_scale)
         args.query, args.out = library.pointer(query), library.pointer(out)
         if lse is not None:
             args.lse = library.pointer(lse)
         workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=query.device)
         args.workspace = library.pointer(workspace)
-        library.call("attention", args)
+        self._call("attention", args)
         return out
 
     def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
@@ -231,7 +252,7 @@ class NativeBackend:
         args.pool, args.pairs = library.pointer(pool), library.pointer(pairs)
         args.num_blocks, args.num_pairs = pool.shape[0], pairs.shape[0]
         args.block_bytes, args.block_stride_bytes = pool[:1].nbytes, pool.stride(0) * pool.itemsize
-        library.call("copy_blocks", args)
+        self._call("copy_blocks", args)
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Backend.merge``."""
@@ -245,7 +266,7 @@ class NativeBackend:
         self._set_run(args.run, out.device)
         args.outs, args.lses, args.num_parts = out_pointers, lse_pointers, len(outs)
         args.out, args.lse = library.pointer(out), library.pointer(lse)
-        args.num_rows, args.head_dim, args.dtype = lse.numel(), out.shape[2], self._dtype(out)
+        args.num_rows, args.head_dim, args.dtype = lse.numel(), out.shape[2], self._dtype(out.dtype)
         library.call("merge", args)
         return out, lse
 
@@ -254,7 +275,7 @@ class NativeBackend:
         library = self.library
         args = library.ffi.new("pagemgr_attention_args *")
         self._set_run(args.run, query.device)
-        self._set_kv(args.kv, kv)
+        self._set_kv(args.kv, kv, query.dtype)
         args.query = library.pointer(query)
         args.block_table, args.table_stride = library.pointer(batch.block_table), batch.block_table.stride(0)
         args.seq_lens, args.query_start = library.pointer(batch.seq_lens), library.pointer(batch.query_start)
@@ -273,13 +294,23 @@ class NativeBackend:
         args.workspace_bytes = size[0]
         return args
 
+    def _call(self, function: str, args: Any) -> None:
+        """Call; raise ``InvalidInput`` for what was out of range if the library works on the host, and so is done."""
+        library = self.library
+        errors = library.ffi.new("int32_t *")
+        if library.capabilities.devices == frozenset({"cpu"}):
+            args.run.errors = errors
+        library.call(function, args)
+        if errors[0]:
+            raise InvalidInput(f"{function}: {library.describe(errors[0])}")
+
     def _set_run(self, run: Any, device: torch.device) -> None:
         run.num_threads = torch.get_num_threads()
         if device.type == "cuda":
             run.device_index = device.index
             run.stream = self.library.ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)
 
-    def _set_kv(self, args: Any, kv: KVLayer) -> None:
+    def _set_kv(self, args: Any, kv: KVLayer, dtype: torch.dtype) -> None:
         key, value = kv.key, kv.value
         strides = key.stride()
         if value.stride() != strides:
@@ -287,12 +318,21 @@ class NativeBackend:
         args.key, args.value = self.library.pointer(key), self.library.pointer(value)
         args.block_stride, args.head_stride, args.token_stride, _ = strides
         args.num_blocks, args.num_kv_heads, args.block_size, args.head_dim = key.shape
-        args.dtype = self._dtype(key)
+        args.dtype, args.kv_dtype = self._dtype(dtype), self.library.kv_dtypes.get(key.dtype, 0)
+        if kv.key_scale is not None and kv.value_scale is not None:
+            strides = kv.key_scale.stride()
+            if kv.value_scale.stride() != strides:
+                raise InvalidInput(
+                    f"kv.key_scale and kv.value_scale must have the same strides, got {strides} and "
+                    f"{kv.value_scale.stride()}"
+                )
+            args.key_scale, args.value_scale = self.library.pointer(kv.key_scale), self.library.pointer(kv.value_scale)
+            args.scale_block_stride, args.scale_head_stride, _ = strides
 
-    def _dtype(self, tensor: torch.Tensor) -> int:
-        if tensor.dtype not in self.library.dtypes:
-            raise UnsupportedFeature(self.name, (f"dtype {tensor.dtype} has no name in the native ABI",))
-        return self.library.dtypes[tensor.dtype]
+    def _dtype(self, dtype: torch.dtype) -> int:
+        if dtype not in self.library.dtypes:
+            raise UnsupportedFeature(self.name, (f"dtype {dtype} has no name in the native ABI",))
+        return self.library.dtypes[dtype]
 
 
 class BuiltBackend(NativeBackend):

@@ -13,13 +13,15 @@ import torch
 from pagemgr.batch import PagedBatch
 
 from .checks import check_attention, check_copy, check_merge, check_write
-from .interface import AttentionParams, Capabilities, KVLayer
+from .interface import LARGEST, LEAST_SCALE, AttentionParams, Capabilities, KVLayer
 
 QUERY_CHUNK = 256
 """Queries attended at once: bounds the score matrix of a long prompt."""
 
 _CAPABILITIES = Capabilities(
-    devices=None, dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+    devices=None,
+    dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
+    kv_dtypes=frozenset(LARGEST),
 )
 
 
@@ -44,8 +46,11 @@ class TorchBackend:
         written = slot_mapping >= 0
         slots, block_size = slot_mapping[written], kv.key.shape[2]
         blocks, offsets = slots // block_size, slots % block_size
-        kv.key[blocks, :, offsets] = key[written]
-        kv.value[blocks, :, offsets] = value[written]
+        for new, part, scales in ((key, kv.key, kv.key_scale), (value, kv.value, kv.value_scale)):
+            rows = new[written]
+            if scales is not None:
+                rows, scales[blocks, :, offsets] = quantise(rows, part.dtype)
+            part[blocks, :, offsets] = rows
 
     @torch.no_grad()
     def attention(
@@ -66,7 +71,11 @@ class TorchBackend:
         for seq, rows, position in _chunks(batch.query_start.tolist(), seq_lens):
             queries = query[rows]
             first, stop = _visible_range(position, len(queries), seq_lens[seq], params)
-            key, value = (_gather(part, batch.block_table[seq], first, stop) for part in (kv.key, kv.value))
+            blocks = batch.block_table[seq]
+            key, value = (
+                _gather(part, scales, blocks, first, stop, _exact(query.dtype))
+                for part, scales in ((kv.key, kv.key_scale), (kv.value, kv.value_scale))
+            )
             result, denominator = _attend(queries, key, value, position - first, params)
             out[rows] = result.to(out.dtype)
             if lse is not None:
@@ -92,6 +101,14 @@ class TorchBackend:
         return merged.to(dtype), torch.logsumexp(logits, dim=0).to(torch.float32)
 
 
+def quantise(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[..., n]`` as ``dtype``, one of ``LARGEST``, and their scales, float32 ``[...]``; see ``write_kv``."""
+    scales = rows.abs().amax(-1).float() / LARGEST[dtype]
+    scales = scales.masked_fill(scales < LEAST_SCALE, 0)
+    stored = rows.float() / scales.masked_fill(scales == 0, torch.inf).unsqueeze(-1)
+    return (stored.round() if dtype is torch.int8 else stored).to(dtype), scales
+
+
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """What sums are accumulated in."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -112,16 +129,21 @@ def _visible_range(position: int, num_queries: int, seq_len: int, params: Attent
     return first, max(first, stop)
 
 
-def _gather(part: torch.Tensor, blocks: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-    """Positions ``[first, stop)`` of one sequence, dense: ``[num_kv_heads, stop - first, head_dim]``.
+def _gather(
+    part: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, first: int, stop: int, exact: torch.dtype
+) -> torch.Tensor:
+    """Positions ``[first, stop)`` of one sequence, dense and exact: ``[num_kv_heads, stop - first, head_dim]``.
 
     Nothing else is read: what lies in the other slots cannot reach a product, not even times zero.
     """
     block_size = part.shape[2]
     skipped = first // block_size
-    pages = part[blocks[skipped : -(-stop // block_size)]]  # [blocks, heads, block_size, dim]
-    dense = pages.transpose(0, 1).flatten(1, 2)
-    return dense[:, first - skipped * block_size : stop - skipped * block_size]
+    wanted = blocks[skipped : -(-stop // block_size)]
+    inside = slice(first - skipped * block_size, stop - skipped * block_size)
+    rows = part[wanted].transpose(0, 1).flatten(1, 2)[:, inside].to(exact)
+    if scales is None:
+        return rows
+    return rows * scales[wanted].transpose(0, 1).flatten(1, 2)[:, inside].to(exact).unsqueeze(-1)
 
 
 def _attend(
@@ -129,7 +151,8 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Textbook attention of ``query`` ``[n, heads, dim]`` at ``position`` and after, counted from the first key.
 
-    ``key`` and ``value`` ``[kv_heads, m, dim]``; returns ``[n, heads, dim]`` and the log denominators ``[n, heads]``.
+    ``key`` and ``value`` ``[kv_heads, m, dim]``, exact; returns ``[n, heads, dim]`` and the log denominators
+    ``[n, heads]``.
     """
     num_queries, heads, dim = query.shape
     kv_heads, num_keys, _ = key.shape
@@ -137,7 +160,7 @@ def _attend(
     per_head = (kv_heads, heads // kv_heads, 1, 1)
     scale = dim**-0.5 if params.scale is None else params.scale
     grouped = query.to(exact).view(num_queries, kv_heads, -1, dim)
-    scores = scale * torch.einsum("nhgd,hmd->hgnm", grouped, key.to(exact))
+    scores = scale * torch.einsum("nhgd,hmd->hgnm", grouped, key)
     if params.softcap is not None:
         scores = params.softcap * torch.tanh(scores / params.softcap)
     positions = torch.arange(position, position + num_queries, device=query.device)
@@ -152,5 +175,5 @@ def _attend(
         sink = params.sinks.to(exact).view(per_head).expand(-1, -1, num_queries, 1)
         scores = torch.cat((scores, sink), dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :num_keys].masked_fill(masked, 0)
-    out = torch.einsum("hgnm,hmd->nhgd", weights, value.to(exact))
+    out = torch.einsum("hgnm,hmd->nhgd", weights, value)
     return out.reshape(query.shape), torch.logsumexp(scores, dim=-1).permute(2, 0, 1).flatten(1)

@@ -1,4 +1,4 @@
-/* The contract between pagemgr and a library of compiled kernels, version 1.
+/* The contract between pagemgr and a library of compiled kernels, version 2.
  *
  * This file has no directives, so that C, C++, nvcc and cffi's parser read the same text. Include it once in a
  * translation unit, after <stdint.h> and inside extern "C" for C++ (native/abi.hpp does both).
@@ -6,8 +6,10 @@
  *   pool    [num_blocks][num_layers][key, value][num_kv_heads][block_size][head_dim]
  *           └────────── block_stride ──────────┘└ head_stride ┘└ token_stride ┘
  *
+ * A quantised pool has its scales behind the keys and values of each layer, [key, value][num_kv_heads][block_size].
+ *
  * What holds for every function:
- *   - A pointer called key, value, query, out, lse, block_table, seq_lens, query_start, slot_mapping, pairs, sinks,
+ *   - A pointer called key, value, key_scale, value_scale, errors, query, out, lse, block_table, seq_lens, query_start, slot_mapping, pairs, sinks,
  *     alibi_slopes, pool or workspace points to memory of the library's device: host memory for PAGEMGR_CPU, device
  *     memory for PAGEMGR_CUDA. The args structs, and the arrays of pointers in pagemgr_merge_args, are host memory
  *     that is read before the call returns.
@@ -21,7 +23,7 @@
  *     pagemgr.backends.Backend and tested by pagemgr.backends.conformance.
  */
 
-enum pagemgr_version { PAGEMGR_ABI_VERSION = 1 };
+enum pagemgr_version { PAGEMGR_ABI_VERSION = 2 };
 
 enum pagemgr_status {
     PAGEMGR_OK = 0,
@@ -33,6 +35,22 @@ enum pagemgr_status {
 enum pagemgr_device { PAGEMGR_CPU = 0, PAGEMGR_CUDA = 1 };
 
 enum pagemgr_dtype { PAGEMGR_FLOAT32 = 0, PAGEMGR_FLOAT16 = 1, PAGEMGR_BFLOAT16 = 2 };
+
+/* What a pool holds: elements of the call's dtype, or of one byte, with a scale for each token, head and key or value.
+ * An element stands for itself times its scale. */
+enum pagemgr_kv_dtype {
+    PAGEMGR_KV_PLAIN = 0,
+    PAGEMGR_KV_FLOAT8_E4M3FN = 1,
+    PAGEMGR_KV_FLOAT8_E5M2 = 2,
+    PAGEMGR_KV_INT8 = 3
+};
+
+/* What a kernel found in memory that the host does not look at. It reads or writes nothing there. */
+enum pagemgr_error {
+    PAGEMGR_BAD_BLOCK = 1,  /* a block id below 0, or num_blocks or more: block 0 is read instead, or nothing copied */
+    PAGEMGR_BAD_SLOT = 2,   /* a slot below -1, or past the last block: nothing is written */
+    PAGEMGR_BAD_LENGTH = 4  /* a length below 0 or above max_seq_len: taken for the nearer of them */
+};
 
 enum pagemgr_feature {
     PAGEMGR_CAUSAL = 1,
@@ -58,6 +76,7 @@ typedef struct {
     int32_t device;         /* pagemgr_device */
     int32_t graph_capture;  /* 1 if write_kv and attention may be captured in a graph */
     uint32_t dtypes;        /* bit 1 << d for each pagemgr_dtype d */
+    uint32_t kv_dtypes;     /* bit 1 << d for each pagemgr_kv_dtype d but PAGEMGR_KV_PLAIN, which goes without saying */
     uint32_t features;      /* pagemgr_feature, or-ed */
     int32_t head_dims[16];
     int32_t group_sizes[16]; /* query heads per K/V head */
@@ -67,6 +86,7 @@ typedef struct {
 /* Where a call runs. */
 typedef struct {
     void *stream;           /* cudaStream_t; null where there are no streams */
+    int32_t *errors;        /* [1]: each pagemgr_error that is found is or-ed in, by the time the work is done; or null */
     int32_t device_index;   /* of PAGEMGR_CUDA; else 0 */
     int32_t num_threads;    /* threads that the call may use on the host, at least 1 */
 } pagemgr_run;
@@ -75,17 +95,24 @@ typedef struct {
 typedef struct {
     void *key;              /* [num_blocks, num_kv_heads, block_size, head_dim] */
     void *value;            /* as key, with the same strides */
+    float *key_scale;       /* [num_blocks, num_kv_heads, block_size], tokens contiguous; null for PAGEMGR_KV_PLAIN */
+    float *value_scale;     /* as key_scale, with the same strides */
     int64_t block_stride;
     int64_t head_stride;
     int64_t token_stride;
+    int64_t scale_block_stride;
+    int64_t scale_head_stride;
     int64_t num_blocks;
     int32_t num_kv_heads;
     int32_t block_size;
     int32_t head_dim;
-    int32_t dtype;          /* pagemgr_dtype, of queries and outputs as well */
+    int32_t dtype;          /* pagemgr_dtype of queries, new keys and values, and outputs */
+    int32_t kv_dtype;       /* pagemgr_kv_dtype of key and value */
 } pagemgr_kv;
 
-/* Stores new tokens into their slots. No two tokens share a slot. */
+/* Stores new tokens into their slots. No two tokens share a slot. Quantised, a row's scale is its largest magnitude over
+ * the largest of the type (448, 57344, 127), and an element is what x / scale rounds to, half to even; a scale below the
+ * least normal float is 0, and so are its elements. */
 typedef struct {
     pagemgr_run run;
     pagemgr_kv kv;                /* written */

@@ -5,7 +5,7 @@
  * runs where there is no compiler. A function that meets what it does not handle says so and has changed nothing.
  */
 
-enum pagemgr_manager_version { PAGEMGR_MANAGER_VERSION = 2 };
+enum pagemgr_manager_version { PAGEMGR_MANAGER_VERSION = 3 };
 
 /* Blocks of one tier by name: open addressing with linear probing. */
 typedef struct {
@@ -13,13 +13,19 @@ typedef struct {
     uint8_t *names;         /* [num_blocks, 32], of published blocks */
     int32_t *parents;       /* [num_blocks]: the block before each published one, 0 before the first */
     int64_t mask;           /* a power of two, less 1 */
+    uint8_t *groups;        /* [num_blocks]: layer groups of published blocks */
+    int32_t *heads;         /* [heads_mask + 1]: PrefixIndex.heads */
+    int64_t heads_mask;     /* a power of two, less 1 */
 } pagemgr_index;
 
-/* The arrays of a sequence table and of the device tier; addresses and lengths never change. */
+/* The arrays of a sequence table and of the device tier; addresses and lengths never change. Where layers form groups, a
+ * sequence has a row for each. */
 typedef struct {
     pagemgr_index index;
-    int32_t *blocks;        /* [max_sequences, width], the block table */
-    int64_t *num_blocks;    /* [max_sequences], as all rows below */
+    int32_t *blocks;        /* [num_rows, width], the block table */
+    int64_t *num_blocks;    /* [num_rows], as all rows below */
+    int64_t *dropped;       /* columns that left the row's window */
+    int64_t *window;        /* tokens, 0 for all */
     int64_t *reserved;
     int64_t *computed;
     int64_t *committed;
@@ -27,14 +33,15 @@ typedef struct {
     int64_t *last_step;     /* newest step in flight, 0 idle, -1 moving between tiers */
     uint8_t *live;
     uint8_t *tier;
-    uint8_t *roots;         /* [max_sequences, 32] */
+    uint8_t *roots;         /* [num_rows, 32] */
     int32_t *refs;          /* [num_blocks], as all blocks below */
     uint8_t *state;         /* BlockState */
     uint8_t *published;
     int32_t *pending;
     int32_t *stack;         /* blanks, the next one last */
     int32_t *tokens;        /* [num_blocks, block_size] */
-    int64_t max_sequences;
+    int64_t num_rows;
+    int64_t max_sequences;  /* rows of each layer group */
     int64_t width;
     int64_t max_seq_len;
     int32_t block_size;
@@ -72,10 +79,10 @@ void pagemgr_manager_reserve(pagemgr_manager *manager, pagemgr_manager_step *ste
  * is before them is unknown, and blocks that became full are named and published. Sequences freed since are passed over.
  *
  * Returns how many blocks another block already stood for: duplicates[i] is {row, column, own, other}; it has room for
- * every block that can become full. *num_sealed counts the blocks that were published. */
+ * every block that can become full, as has sealed, which lists the *num_sealed blocks that were published. */
 int64_t pagemgr_manager_commit(
     pagemgr_manager *manager, const pagemgr_manager_step *step, const int32_t *ids, int64_t *duplicates,
-    int64_t *num_sealed);
+    int32_t *sealed, int64_t *num_sealed);
 
 /* Ends idle sequences of the device tier, none of whose blocks waits for a fence. Their blocks lose a reference each,
  * children first; those left without one are pushed on the stack of num_free blanks, or become cached and are listed in

@@ -59,6 +59,9 @@ class NativeIndex(PrefixIndex):
         self.struct.names = self._ffi.from_buffer("uint8_t[]", self.names)
         self.struct.parents = self._ffi.from_buffer("int32_t[]", self.parents)
         self.struct.mask = len(self._slots) - 1
+        self.struct.groups = self._ffi.from_buffer("uint8_t[]", self.groups)
+        self.struct.heads = self._ffi.from_buffer("int32_t[]", self.heads)
+        self.struct.heads_mask = len(self.heads) - 1
 
     def hash(self, parent: bytes, tokens: TokenArray) -> bytes:
         """See ``hash_blocks``."""
@@ -114,6 +117,8 @@ class Accelerator:
         arrays: dict[str, tuple[str, npt.NDArray[Any]]] = {
             "blocks": ("int32_t[]", table.blocks),
             "num_blocks": ("int64_t[]", table.num_blocks),
+            "dropped": ("int64_t[]", table.dropped),
+            "window": ("int64_t[]", table.window),
             "reserved": ("int64_t[]", table.reserved),
             "computed": ("int64_t[]", table.computed),
             "committed": ("int64_t[]", table.committed),
@@ -131,8 +136,8 @@ class Accelerator:
         }
         for name, (kind, array) in arrays.items():
             setattr(self._manager, name, self._ffi.from_buffer(kind, array))
-        self._manager.max_sequences, self._manager.width = table.blocks.shape
-        self._manager.max_seq_len = max_seq_len
+        self._manager.num_rows, self._manager.width = table.blocks.shape
+        self._manager.max_sequences, self._manager.max_seq_len = table.max_sequences, max_seq_len
         self._manager.block_size = device.index.block_size
         self._steps: dict[int, tuple[Any, list[Any]]] = {}
 
@@ -164,6 +169,7 @@ class Accelerator:
         self._steps[step] = native, keep + written
         return Plan(
             step=step,
+            num_groups=len(self._table.windows),
             rows=rows,
             generations=generations,
             previous=previous,
@@ -175,20 +181,28 @@ class Accelerator:
             slot_mapping=slots,
             copies=(),
             replaced=_NOTHING_REPLACED,
+            demotion=None,
         )
 
     def commit(self, plan: Plan, ids: TokenArray | None, fences: Callable[[], tuple[Fence, ...]]) -> int | None:
-        """As ``commit_step``; None if the step was not reserved here."""
+        """As ``commit_step``; None if the step was not reserved here. It may be shorter than it was."""
         native, _ = self._steps.pop(plan.step, (None, None))
         if native is None:
             return None
         table, device, buffer = self._table, self._device, self._ffi.from_buffer
+        native.query_start = starts = buffer("int32_t[]", plan.query_start)
+        native.slot_mapping = slots = buffer("int64_t[]", plan.slot_mapping)
         room = len(plan.slot_mapping) // device.index.block_size + len(plan.rows)
         duplicates = np.empty((room, 4), dtype=np.int64)
-        sealed = self._ffi.new("int64_t *")
+        sealed, count = np.empty(room, dtype=np.int32), self._ffi.new("int64_t *")
         given = self._ffi.NULL if ids is None else buffer("int32_t[]", ids)
-        found = self._lib.pagemgr_manager_commit(self._manager, native, given, buffer("int64_t[]", duplicates), sealed)
-        device.pool.count_sealed(sealed[0])
+        found = self._lib.pagemgr_manager_commit(
+            self._manager, native, given, buffer("int64_t[]", duplicates), buffer("int32_t[]", sealed), count
+        )
+        del starts, slots  # they had to live until here
+        device.pool.count_sealed(count[0])
+        if device.events.heard:
+            device.tell_stored(sealed[: count[0]])
         if found:
             rows, columns = duplicates[:found, 0], duplicates[:found, 1]
             own, kept = (duplicates[:found, i].astype(np.int32) for i in (2, 3))
@@ -200,13 +214,13 @@ class Accelerator:
         table, pool, buffer = self._table, self._device.pool, self._ffi.from_buffer
         if pool.has_fences:
             return False
-        rows = batch.rows
+        rows = table.groups_of(batch.rows)
         cached = np.empty(int(table.num_blocks.take(rows, mode="clip").sum()), dtype=np.int32)
         released = self._ffi.new("int64_t[2]")
         found = self._lib.pagemgr_manager_free(
             self._manager,
             buffer("int64_t[]", rows),
-            buffer("int64_t[]", batch.generations),
+            buffer("int64_t[]", table.spread(batch.generations)),
             len(rows),
             pool.num_free,
             buffer("int32_t[]", cached),

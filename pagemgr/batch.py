@@ -62,28 +62,29 @@ class _Buffer:
 class BatchBuffers:
     """The tensors of one step in flight. A step holds a set from ``reserve`` until it ends, then the next reuses it."""
 
-    def __init__(self, device: torch.device, max_sequences: int, width: int, max_tokens: int) -> None:
+    def __init__(self, device: torch.device, max_sequences: int, num_groups: int, width: int, max_tokens: int) -> None:
         self._device = device
-        self._block_table = _Buffer(max_sequences * width, torch.int32, device)
+        self._block_table = _Buffer(num_groups * max_sequences * width, torch.int32, device)
         self._seq_lens = _Buffer(max_sequences, torch.int32, device)
         self._query_start = _Buffer(max_sequences + 1, torch.int32, device)
-        self._slot_mapping = _Buffer(max_tokens, torch.int64, device)
+        self._slot_mapping = _Buffer(num_groups * max_tokens, torch.int64, device)
         self._uploaded: torch.cuda.Event | None = None
 
-    def fill(self, plan: Plan) -> PagedBatch:
-        """The batch of a plan, uploaded on the current stream."""
+    def fill(self, plan: Plan) -> tuple[PagedBatch, ...]:
+        """The batch of a plan as each layer group sees it, uploaded on the current stream."""
         if self._uploaded is not None:
             self._uploaded.synchronize()  # the staging memory may not change under a copy that is still under way
-        seq_lens = plan.seq_lens
-        batch = PagedBatch(
-            block_table=self._block_table.fill(torch.from_numpy(plan.block_table)),
-            seq_lens=self._seq_lens.fill(torch.from_numpy(seq_lens)),
-            query_start=self._query_start.fill(torch.from_numpy(plan.query_start)),
-            slot_mapping=self._slot_mapping.fill(torch.from_numpy(plan.slot_mapping)),
-            max_query_len=int(plan.counts.max()),
-            max_seq_len=int(seq_lens.max()),
+        seq_lens, num_seqs = plan.seq_lens, plan.num_seqs
+        tables = self._block_table.fill(torch.from_numpy(plan.block_table)).chunk(plan.num_groups)
+        slots = self._slot_mapping.fill(torch.from_numpy(plan.slot_mapping)).chunk(plan.num_groups)
+        lens = self._seq_lens.fill(torch.from_numpy(seq_lens))
+        starts = self._query_start.fill(torch.from_numpy(plan.query_start[: num_seqs + 1]))
+        queries, longest = int(plan.counts.max()), int(seq_lens.max())
+        batches = tuple(
+            PagedBatch(table, lens, starts, slot_mapping, queries, longest)
+            for table, slot_mapping in zip(tables, slots, strict=True)
         )
         if self._device.type == "cuda":
             self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._uploaded.record(torch.cuda.current_stream(self._device))
-        return batch
+        return batches

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -10,12 +13,13 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from .backends import registry
-from .backends.interface import AttentionParams
+from .backends.interface import AttentionParams, KVLayer
 from .batch import BatchBuffers, PagedBatch
 from .config import Config
 from .errors import InvalidInput, StepOrderError, TransferFailed
 from .ids import BatchTokens, LateTokens, Tokens
 from .manager import BlockManager
+from .pins import Pin
 from .plan import Plan, Transfer
 from .pool import Fence
 from .prefix import Namespace
@@ -26,15 +30,17 @@ from .storage import Storage
 if TYPE_CHECKING:
     from .service import Server
 
+_log = logging.getLogger(__name__)
 _DEFAULT_PARAMS = AttentionParams()
 
 
 class Step:
     """One forward pass over a batch. Leaving its ``with`` block without ``commit`` aborts it: nothing has changed."""
 
-    def __init__(self, cache: PagedKVCache, plan: Plan, batch: PagedBatch, buffers: BatchBuffers) -> None:
+    def __init__(self, cache: PagedKVCache, plan: Plan, batches: tuple[PagedBatch, ...], buffers: BatchBuffers) -> None:
         self.plan = plan
-        self.batch = batch
+        self.batches = batches
+        """By layer group: the same sequences, in blocks of their own."""
         self._cache = cache
         self._buffers: BatchBuffers | None = buffers
 
@@ -56,8 +62,13 @@ class Step:
         """
         self._require_open()
         layout, tokens = self._cache.layout, self.plan.num_tokens
-        if not 0 <= layer < layout.num_layers:
-            raise InvalidInput(f"layer {layer} is not in [0, {layout.num_layers})")
+        number, kv = self._cache.layer(layer)
+        group = self._cache.groups[number]
+        if group.window is not None and not (params.causal and params.window and params.window <= group.window):
+            raise InvalidInput(
+                f"layer {layer} keeps {group.window} tokens by model.windows, and is asked for attention over "
+                f"{'as many as there are' if params.window is None else params.window}"
+            )
         kv_shape = (tokens, layout.num_kv_heads, layout.head_dim)
         if key.shape != kv_shape or value.shape != kv_shape:
             raise InvalidInput(f"key and value must be {list(kv_shape)}, got {list(key.shape)} and {list(value.shape)}")
@@ -69,15 +80,14 @@ class Step:
         ):
             shape = f"[{tokens}, multiple of {layout.num_kv_heads}, {layout.head_dim}]"
             raise InvalidInput(f"query must be {shape}, got {list(query.shape)}")
-        kv = self._cache.storage.layers[layer]
-        backend = self._cache.backend
-        backend.write_kv(key, value, kv, self.batch.slot_mapping)
-        return backend.attention(query, kv, self.batch, params, out, lse)
+        backend, batch = self._cache.backend, self.batches[number]
+        backend.write_kv(key, value, kv, batch.slot_mapping)
+        return backend.attention(query, kv, batch, params, out, lse)
 
-    def commit(self, tokens: LateTokens = None) -> None:
-        """Every layer has run. ``tokens`` as in ``BlockManager.commit``."""
+    def commit(self, tokens: LateTokens = None, accepted: SequenceOf[int] | None = None) -> None:
+        """Every layer has run. ``tokens`` and ``accepted`` as in ``BlockManager.commit``."""
         self._require_open()
-        self._cache.manager.commit(self.plan, tokens)
+        self._cache.manager.commit(self.plan, tokens, accepted)
         self._end()
 
     def abort(self) -> None:
@@ -111,9 +121,11 @@ class PagedKVCache:
     Raises ``ConfigError``, ``BackendUnavailable`` or ``UnsupportedFeature`` if what ``config`` asks for cannot be had.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.layout = config.layout
+        self.groups = config.layer_groups
+        self._clock = clock
         self.device = _device(config.device)
         group_size = config.model.num_q_heads // config.model.num_kv_heads
         self.backend = registry.create(
@@ -126,26 +138,78 @@ class PagedKVCache:
             max_sequences=config.pool.max_sequences,
             max_seq_len=config.resolve_max_seq_len(num_blocks),
             num_host_blocks=config.resolve_host_blocks(),
+            host_cache=config.pool.host_cache,
+            windows=tuple(group.window for group in self.groups),
+            rollback=config.pool.rollback,
+            watermark=int(num_blocks * config.pool.watermark),
+            pin_quota=int(num_blocks * config.prefix.pin_share),
             prefix_caching=config.prefix.enabled,
+            verify_hits=config.prefix.verify_hits,
+            secret=config.prefix.secret.get_secret_value().encode() if config.prefix.secret else b"",
             eviction=config.eviction.policy,
+            debug=config.debug.level,
             cache_dir=config.native.cache_dir,
         )
         sizes = {tier.name: tier.pool.num_blocks for tier in self.manager.tiers}
-        self.storage = Storage(self.layout, sizes, self.device, self.backend)
+        watches = {tier.name: tier.pool.watch for tier in self.manager.tiers if tier.pool.watch is not None}
+        self.storage = Storage(self.layout, sizes, self.device, self.backend, watches)
+        self._places = {
+            layer: (number, self.storage.layers[place])
+            for number, group in enumerate(self.groups)
+            for place, layer in enumerate(group.layers)
+        }
         self._idle_buffers: list[BatchBuffers] = []
 
     def add(self, prompt: Tokens = (), namespace: Namespace | None = None) -> Sequence:
         """A new sequence that starts with what is cached of its prompt; see ``BlockManager.add_many``."""
-        return self.manager.add(prompt, namespace)
+        return self.add_many([prompt], [namespace])[0]
 
     def add_many(
         self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None
     ) -> list[Sequence]:
-        """New sequences, all or none; see ``BlockManager.add_many``."""
-        return self.manager.add_many(prompts, namespaces)
+        """New sequences, all or none; see ``BlockManager.add_many``. What the host cache holds of them comes up."""
+        if self.manager.pins:
+            self.manager.expire(self._clock())
+        sequences, promotion = self.manager.admit(prompts, namespaces)
+        if promotion is None:
+            return sequences
+        try:
+            fence = self.storage.execute(promotion.copies)
+        except Exception as error:
+            self.manager.cancel(promotion)
+            _log.warning("%d blocks of the host could not come up: %s", promotion.num_copied, error)
+            return self.manager.add_many(prompts, namespaces)
+        except BaseException:
+            self.manager.cancel(promotion)
+            raise
+        self.manager.finish(promotion, fence)
+        return sequences
+
+    def pin(self, sequence: Sequence, owner: str, length: int | None = None, ttl: float | None = None) -> Pin:
+        """Keep a prefix on the device for ``ttl`` seconds, or until ``unpin``; see ``BlockManager.pin``.
+
+        Each rank has its own clock: ranks that must decide alike call ``manager.pin`` and ``manager.expire`` with a
+        time that they share.
+        """
+        return self.manager.pin(sequence, owner, length, None if ttl is None else self._clock() + ttl)
+
+    def unpin(self, pin: Pin) -> None:
+        """End a pin; see ``BlockManager.unpin``."""
+        self.manager.unpin(pin)
+
+    def clear(self) -> int:
+        """Forget what is cached and nobody holds; see ``BlockManager.clear``."""
+        return self.manager.clear()
+
+    def layer(self, layer: int) -> tuple[int, KVLayer]:
+        """The number of a layer's group, and where its keys and values are. Raises ``InvalidInput``."""
+        if layer not in self._places:
+            raise InvalidInput(f"layer {layer} is not in [0, {len(self._places)})")
+        return self._places[layer]
 
     def step(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Step:
         """Reserve slots for the new tokens of a batch, for all of it or none; see ``BlockManager.reserve``."""
+        self.storage.audit()
         plan = self.manager.reserve(sequences, tokens)
         try:
             self.storage.execute(plan.copies)
@@ -205,9 +269,10 @@ class PagedKVCache:
         self.manager.finish(transfer, fence)
 
     def _make_buffers(self) -> BatchBuffers:
-        rows, width = self.manager.table.blocks.shape
+        width = self.manager.table.blocks.shape[1]
         tokens = (self.manager.tiers[0].pool.num_blocks - 1) * self.layout.block_size
-        return BatchBuffers(self.device, rows, width, min(tokens, rows * self.manager.max_seq_len))
+        sequences, groups = self.manager.table.max_sequences, len(self.groups)
+        return BatchBuffers(self.device, sequences, groups, width, min(tokens, sequences * self.manager.max_seq_len))
 
 
 def open_cache(path: str | os.PathLike[str] | None = None) -> PagedKVCache:

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -30,7 +30,7 @@ from pydantic import (
 
 from .errors import ConfigError, InvalidInput
 from .eviction import names as policy_names
-from .layout import BlockLayout, DType
+from .layout import BlockLayout, DType, KVDType, LayerGroup, group_layers
 from .native.build import DEFAULT_CACHE_DIR
 from .sources import Source, explain, from_environ, from_file, from_flags, leaves, merge, nested, refuse_unknown
 
@@ -78,6 +78,16 @@ def _no_bool(value: object) -> None:
         raise InvalidInput("must be a number")
 
 
+def _split(value: object) -> object:
+    """Numbers with commas between them, as flags and variables have them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _long_enough(secret: SecretStr) -> None:
+    if not 16 <= len(secret.get_secret_value().encode()) <= 64:
+        raise InvalidInput("must be 16 to 64 bytes")
+
+
 def _known_policy(name: str) -> None:
     if name not in policy_names():
         raise InvalidInput(f"must be one of {', '.join(policy_names())}")
@@ -99,6 +109,7 @@ Count = Annotated[Whole, Field(ge=1)]
 Share = Annotated[float, BeforeValidator(_checked(_no_bool)), Field(gt=0, le=1)]
 Bytes = Annotated[int | str, BeforeValidator(_checked(parse_bytes))]
 Name = Annotated[str, Field(min_length=1)]
+Windows = Annotated[tuple[Whole, ...], BeforeValidator(_split)]
 
 _CHOICES = (("num_blocks", "size", "memory_share"), ("host_blocks", "host_size"))
 """Settings of the pool that exclude each other: a source that sets one replaces whichever a weaker source set."""
@@ -133,12 +144,27 @@ class ModelConfig(_Section):
     num_q_heads: Count = Field(default_factory=lambda data: data.get("num_kv_heads", 1))
     """Query heads of a layer, on this rank: a multiple of num_kv_heads, and equal to it unless given."""
     dtype: DType = DType.float32
-    """Element type of K and V."""
+    """Element type of queries, keys, values and outputs."""
+    kv_dtype: KVDType = KVDType.auto
+    """Element type that K and V are stored as: auto, which is dtype, or a quantised one of one byte with a scale for
+    each token and head, set when it is written."""
+    windows: Windows = ()
+    """Tokens that each layer sees, 0 for all; a shorter list repeats: 512,512,512,512,512,0 is five layers with a
+    sliding window for each with full attention. Layers that keep the same tokens share blocks. Full attention unless
+    given."""
 
     @model_validator(mode="after")
-    def _groups_are_whole(self) -> Self:
+    def _windows_fit(self) -> Self:
+        if len(self.windows) > self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for num_layers = {self.num_layers}")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads = {self.num_q_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.kv_dtype is not KVDType.auto and self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd, which kv_dtype = {self.kv_dtype.value!r} cannot be")
         return self
 
 
@@ -161,6 +187,13 @@ class PoolConfig(_Section):
     """Blocks in host memory to swap to: 0, which is no swapping, unless given."""
     host_size: Bytes | None = None
     """Bytes in host memory to swap to, such as "16GiB", instead of host_blocks."""
+    host_cache: Literal["off", "inclusive", "exclusive"] = "off"
+    """Whether evicted blocks go down to host memory and come up when a prompt needs them, and whether they then stay
+    there as well (inclusive) or leave room for others (exclusive)."""
+    watermark: Annotated[float, BeforeValidator(_checked(_no_bool)), Field(ge=0, lt=1)] = 0.0
+    """Share of the blocks that a new sequence must leave for those that run."""
+    rollback: Whole = 64
+    """Tokens by which a sequence can be cut back at any time though some layers have a sliding window."""
 
     @model_validator(mode="after")
     def _one_size_each(self) -> Self:
@@ -180,6 +213,12 @@ class PrefixConfig(_Section):
 
     enabled: bool = True
     """Match new sequences against cached prefixes."""
+    verify_hits: bool = False
+    """Compare token ids on a hit, and not names alone."""
+    secret: Annotated[SecretStr, AfterValidator(_checked(_long_enough))] | None = None
+    """Key of the names of prefixes, 16 to 64 bytes, so that nobody without it can tell what a name stands for."""
+    pin_share: Annotated[float, BeforeValidator(_checked(_no_bool)), Field(ge=0, le=1)] = 0.25
+    """Share of the device blocks that one owner may pin."""
 
 
 class EvictionConfig(_Section):
@@ -219,6 +258,14 @@ class NativeConfig(_Section):
     """Folder that keeps the libraries that are built on first use."""
 
 
+class DebugConfig(_Section):
+    """How closely the pool is watched."""
+
+    level: Annotated[Whole, Field(le=3)] = 1
+    """0 counts only; 1 checks in constant time; 2 poisons freed blocks and sees that nobody writes to them; 3 reuses
+    blocks as late as can be and tells what happened to them."""
+
+
 class Config(_Section):
     """All settings of one cache."""
 
@@ -234,6 +281,7 @@ class Config(_Section):
     metrics: MetricsConfig = MetricsConfig()
     service: ServiceConfig = ServiceConfig()
     native: NativeConfig = NativeConfig()
+    debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -253,10 +301,19 @@ class Config(_Section):
         return load(path, overrides, environ).config
 
     @property
-    def layout(self) -> BlockLayout:
-        """Shape and bytes of one block."""
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Layers by the tokens that they keep."""
         model = self.model
-        return BlockLayout(model.num_layers, model.num_kv_heads, model.head_dim, self.pool.block_size, model.dtype)
+        windows = model.windows or (0,)
+        return group_layers([windows[layer % len(windows)] or None for layer in range(model.num_layers)])
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Shape and bytes of one block, which holds the layers of one group."""
+        model, layers = self.model, len(self.layer_groups[0].layers)
+        return BlockLayout(
+            layers, model.num_kv_heads, model.head_dim, self.pool.block_size, model.dtype, model.kv_dtype
+        )
 
     def resolve_num_blocks(self, free_device_bytes: int | None = None) -> int:
         """Blocks of the device tier, the null block included.

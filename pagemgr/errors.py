@@ -5,6 +5,8 @@
     │   ├── OutOfBlocks           a tier has too few blocks: free, swap out, wait for a fence, or shrink the batch
     │   ├── OutOfSequences        every row of the block table is taken
     │   ├── SequenceTooLong       a sequence would outgrow its row of the block table
+    │   ├── PinQuotaExceeded      an owner would pin more blocks than it may
+    │   ├── EventsLost            a listener fell too far behind
     │   ├── TransferFailed        bytes could not be moved between tiers; the sequences stayed where they were
     │   ├── ConfigError           a setting, or a combination of settings, that cannot work
     │   ├── BackendUnavailable    the backend cannot run on this machine
@@ -12,6 +14,7 @@
     │   └── UnsupportedFeature    the backend runs, but does not do what was asked
     ├── UsageError                the caller broke the contract: fix the caller, nothing was changed
     │   ├── StaleSequence         a handle whose sequence was freed
+    │   ├── StalePin              a pin that has ended
     │   ├── SequenceBusy          the sequence has steps in flight, or is on its way between tiers
     │   ├── WrongTier             the sequence is in the other tier
     │   ├── StepOrderError        steps commit oldest first and abort newest first, once each
@@ -68,6 +71,17 @@ class SequenceTooLong(OperatingError):
         super().__init__(f"a sequence of {length} tokens exceeds max_seq_len={limit}: raise pool.max_seq_len")
 
 
+class PinQuotaExceeded(OperatingError):
+    """An owner would pin more blocks than it may. Attributes: ``owner``, ``requested``, ``pinned``, ``quota``."""
+
+    def __init__(self, owner: str, requested: int, pinned: int, quota: int) -> None:
+        self.owner, self.requested, self.pinned, self.quota = owner, requested, pinned, quota
+        super().__init__(
+            f"{owner!r} has pinned {pinned} of the {quota} blocks it may and asks for {requested} more: "
+            "unpin some or raise prefix.pin_share"
+        )
+
+
 class TransferFailed(OperatingError):
     """A copy between tiers failed; the sequences stayed where they were. The cause is chained.
 
@@ -117,6 +131,22 @@ class StaleSequence(UsageError):
     def __init__(self, row: int, generation: int) -> None:
         self.row, self.generation = row, generation
         super().__init__(f"sequence (row {row}, generation {generation}) was freed")
+
+
+class EventsLost(OperatingError):
+    """A listener fell behind. Attribute: ``limit``, how many events may wait for it. Subscribe again."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"more than {limit} events were waiting and some are lost: subscribe again for a snapshot")
+
+
+class StalePin(UsageError):
+    """A pin that was taken out, or that has ended. Attributes: ``number`` and ``owner``."""
+
+    def __init__(self, number: int, owner: str) -> None:
+        self.number, self.owner = number, owner
+        super().__init__(f"pin {number} of {owner!r} has ended")
 
 
 class SequenceBusy(UsageError):

@@ -1,7 +1,8 @@
 """The block manager: every decision about blocks, and not one tensor.
 
     add ─► Sequence      reserve ─► Plan ─► (copy, write, attend) ─► commit, or abort
-    fork · truncate · free · swap_out / swap_in ─► Transfer ─► (copy) ─► finish, or cancel
+    fork · truncate · free · pin
+    swap_out / swap_in ─► Transfer ─► (copy) ─► finish, or cancel      admit ─► Promotion, likewise
 
 Each verb validates and plans first and changes state last, so that it either does the whole of what it was asked for
 or raises and leaves everything as it was. One lock serialises the verbs. Nothing depends on time, addresses or hash
@@ -10,124 +11,50 @@ seeds: the same calls give the same block ids on every rank (a fence must answer
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import numpy as np
 
-from . import accelerator, checks, swapping
-from .errors import InvalidInput, OutOfBlocks, OutOfSequences, SequenceTooLong, StepOrderError
+from . import swapping
+from .admission import Arrival, Match, admit, blocks_below
+from .assembly import DEVICE, HOST, Assembly
+from .errors import InvalidInput, OutOfBlocks, SequenceTooLong, StepOrderError
+from .eviction import Blocks
 from .ids import BatchTokens, LateTokens, TokenArray, Tokens, fill_in, pack_batch, pack_tokens
-from .layout import NULL_BLOCK
-from .native.build import DEFAULT_CACHE_DIR
-from .plan import Ints, Plan, Transfer
+from .pins import Pin
+from .plan import Ints, Plan, Promotion, Transfer
 from .pool import Fence
-from .prefix import DIGEST_BYTES, Namespace, PrefixIndex
-from .sequences import Batch, Prompt, Sequence, SequenceTable
-from .stats import Counters, Stats
-from .steps import alive_in, apply_step, commit_step, plan_step, undo_step
-from .tier import Tier
+from .prefix import Namespace
+from .second_level import SecondLevel
+from .sequences import Batch, Sequence
+from .steps import (
+    StepFence,
+    accepted_counts,
+    alive_in,
+    apply_step,
+    commit_step,
+    leave_windows,
+    plan_step,
+    shorten_step,
+    undo_step,
+)  # fmt: skip
 
-DEVICE, HOST = 0, 1
-
-
-@dataclass(frozen=True, slots=True)
-class _StepFence:
-    """Passes when the step has ended."""
-
-    step: int
-    in_flight: dict[int, Plan]
-
-    def query(self) -> bool:
-        return self.step not in self.in_flight
+_NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
-class _Verb:
-    """Runs a verb under the lock, once the blocks whose fences have passed are collected, and counts its refusal."""
-
-    def __init__(self, lock: threading.RLock, tiers: tuple[Tier, ...], counters: Counters) -> None:
-        self._lock, self._tiers, self._counters = lock, tiers, counters
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            for tier in self._tiers:
-                tier.pool.poll()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        reason = _REFUSALS.get(kind) if kind is not None else None
-        if reason is not None:
-            self._counters.failures[reason] += 1
-        self._lock.release()
-
-
-_REFUSALS: dict[type[BaseException], str] = {
-    OutOfBlocks: "out_of_blocks",
-    OutOfSequences: "out_of_sequences",
-    SequenceTooLong: "sequence_too_long",
-}
-
-
-class BlockManager:
+class BlockManager(Assembly):
     """Blocks, sequences and prefixes of one pool with an optional host tier.
 
     ``num_blocks`` and ``num_host_blocks`` include the null block of their tier; a host tier of 0 blocks means no
-    swapping. ``max_seq_len`` is in tokens. ``compiled`` runs the hot loops in C++ where there is a compiler (built
-    once, into ``cache_dir``); the decisions are the same without. Raises ``InvalidInput`` for sizes that cannot work.
+    swapping. ``max_seq_len`` is in tokens. ``windows`` has an entry for each layer group: the tokens that its layers
+    see, None for all; a sequence has a row for each group, and can be cut back by ``rollback`` tokens at any time.
+    ``watermark`` blocks are left to running sequences when one is added, an owner may pin ``pin_quota`` blocks, and
+    ``host_cache`` ("off", "inclusive", "exclusive") says whether evicted blocks go down to the host, and stay there
+    when they come up. ``verify_hits`` compares token ids and not names alone; ``secret`` keys the names.
+    ``debug`` is how closely blocks are watched, see ``watch.py``.
+    ``compiled`` runs the hot loops in C++ where there is a compiler (built once, into ``cache_dir``); the decisions
+    are the same without. Raises ``InvalidInput`` for sizes that cannot work.
     """
-
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        max_sequences: int = 256,
-        max_seq_len: int | None = None,
-        num_host_blocks: int = 0,
-        prefix_caching: bool = True,
-        eviction: str = "lru",
-        compiled: bool = True,
-        cache_dir: str = DEFAULT_CACHE_DIR,
-    ) -> None:
-        if block_size < 1 or max_sequences < 1:
-            raise InvalidInput(f"block_size={block_size} and max_sequences={max_sequences} must be at least 1")
-        if num_blocks < 2 or not (num_host_blocks == 0 or num_host_blocks >= 2):
-            raise InvalidInput(
-                f"{num_blocks=} must be at least 2, one being the null block, {num_host_blocks=} 0 or so"
-            )
-        most = (num_blocks - 1) * block_size
-        self.max_seq_len = most if max_seq_len is None else max_seq_len
-        if not 1 <= self.max_seq_len <= most:
-            raise InvalidInput(
-                f"max_seq_len={max_seq_len} is not in [1, {most}], what {num_blocks - 1} blocks can hold"
-            )
-        self.block_size = block_size
-        self.prefix_caching = prefix_caching
-        sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
-        library = accelerator.load(cache_dir) if compiled else None
-        self.tiers = tuple(
-            Tier(
-                name,
-                size,
-                eviction,
-                accelerator.NativeIndex(size, block_size, library) if library else PrefixIndex(size, block_size),
-            )
-            for name, size in sizes.items()
-        )
-        self.table = SequenceTable(max_sequences, -(-self.max_seq_len // block_size), tuple(sizes))
-        self._accelerator = (
-            accelerator.Accelerator(library, self.table, self.tiers[DEVICE], self.max_seq_len) if library else None
-        )
-        self.counters = Counters()
-        self._in_flight: dict[int, Plan] = {}
-        self._moving: list[Transfer] = []
-        self._next_step = 1
-        self._lock = threading.RLock()
-        self._verb = _Verb(self._lock, self.tiers, self.counters)
 
     # Sequences ------------------------------------------------------------------------------------------------------
 
@@ -138,25 +65,37 @@ class BlockManager:
     def add_many(
         self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None
     ) -> list[Sequence]:
-        """New sequences, each starting with what the prefix cache holds of its prompt in its namespace.
+        """New sequences, each starting with what the device holds of its prompt in its namespace.
 
-        ``num_cached_tokens`` of a handle is the length it starts with: whole blocks, and at least one token of the
-        prompt is always left to run. The rest of the prompt is not stored: hand it to ``reserve``. A prompt may be
-        empty. Raises ``OutOfSequences``, ``SequenceTooLong``, ``InvalidInput``.
+        ``num_cached_tokens`` of a handle is the length it starts with; at least one token of the prompt is always left
+        to run. The rest of the prompt is not stored: hand it to ``reserve``. A prompt may be empty. Raises
+        ``OutOfSequences``, ``SequenceTooLong``, ``OutOfBlocks`` if what the prompts still need would not leave the
+        watermark, ``InvalidInput``.
         """
-        packed = [pack_tokens(prompt) for prompt in prompts]
-        spaces = [space or Namespace() for space in ([None] * len(packed) if namespaces is None else namespaces)]
-        if len(spaces) != len(packed):
-            raise InvalidInput(f"{len(packed)} prompts but {len(spaces)} namespaces")
-        roots = [space.root(self.block_size) for space in spaces]
-        names = [b""] * len(packed)
-        if self.prefix_caching:
-            hasher = self.tiers[DEVICE].index.hash
-            names = [hasher(root, ids) for root, ids in zip(roots, packed, strict=True)]
+        arrivals = self._arrivals(prompts, namespaces)
         with self._verb:
-            self._require_length(max((len(ids) for ids in packed), default=0))
-            self.table.require(len(packed))
-            return [self._add(root, Prompt(ids, chain)) for root, ids, chain in zip(roots, packed, names, strict=True)]
+            return self._add(arrivals)
+
+    def admit(
+        self, prompts: SequenceOf[Tokens], namespaces: SequenceOf[Namespace | None] | None = None
+    ) -> tuple[list[Sequence], Promotion | None]:
+        """As ``add_many``, with what the host cache holds as well, which has to come up first.
+
+        If there is a promotion, execute its copies and ``finish`` it before the sequences are used, or ``cancel`` it,
+        which ends them. Where the device has no room for that, its own hits are taken alone.
+        """
+        arrivals = self._arrivals(prompts, namespaces)
+        with self._verb:
+            if self.second is not None:
+                matches = [self._find(arrival, self.tiers) for arrival in arrivals]
+                coming = len(blocks_below(matches))
+                if 0 < coming <= self.tiers[DEVICE].pool.available - self.watermark:
+                    self._require_admissible(arrivals, matches)
+                    try:
+                        return self._promote(self.second, arrivals, matches)
+                    except OutOfBlocks:
+                        pass  # besides the device's own hits there is too little
+            return self._add(arrivals), None
 
     def fork(self, sequence: Sequence, n: int = 1) -> list[Sequence]:
         """``n`` sequences with the same content and the same blocks; whoever writes to a shared block copies it first.
@@ -169,31 +108,29 @@ class BlockManager:
             rows = self.table.rows([sequence])
             self.table.require_idle(rows, "fork")
             self.table.require(n)
-            row = int(rows[0])
-            tier = self.tiers[self.table.tier[row]]
-            tier.share(self.table.blocks[row, : self.table.num_blocks[row]], n)
+            tier = self.tiers[self.table.tier[rows[0]]]
+            held = [self.table.held(row) for row in rows.tolist()]
+            tier.share(np.concatenate(held) if len(held) > 1 else held[0], n)
             cached = sequence.num_cached_tokens
-            return [self.table.handle(child, cached) for child in self.table.clone(row, n)]
+            return [self.table.handle(child, cached) for child in self.table.clone(int(rows[0]), n)]
 
     def truncate(self, sequences: SequenceOf[Sequence], lengths: SequenceOf[int]) -> None:
         """Cut sequences back to these lengths in tokens and give back the blocks past the cut.
 
-        Raises ``SequenceBusy`` while steps are in flight, ``InvalidInput`` for a length beyond what is computed.
+        Raises ``SequenceBusy`` while steps are in flight, ``InvalidInput`` for a length beyond what is computed, or
+        one from which a layer group with a window could not go on, as its blocks before that are gone.
         """
         with self._verb:
             rows = self.table.rows(sequences)
             self.table.require_idle(rows, "truncate")
-            target = pack_tokens(lengths).astype(np.int64)
-            if len(target) != len(rows):
-                raise InvalidInput(f"{len(rows)} sequences but {len(target)} lengths")
-            for row, length in zip(rows.tolist(), target.tolist(), strict=True):
-                if not 0 <= length <= self.table.computed[row]:
-                    raise InvalidInput(f"length {length} is not in [0, {self.table.computed[row]}], what is computed")
+            packed = pack_tokens(lengths).astype(np.int64)
+            if len(packed) != len(sequences):
+                raise InvalidInput(f"{len(sequences)} sequences but {len(packed)} lengths")
+            target = self.table.spread(packed)
+            self.table.require_lengths(rows, target, self.block_size)
             keep = -(-target // self.block_size)
             self._release(rows, keep, ())
-            for row, kept in zip(rows.tolist(), keep.tolist(), strict=True):
-                self.table.blocks[row, kept:] = NULL_BLOCK
-            self.table.num_blocks[rows] = keep
+            self.table.cut(rows, keep)
             self.table.reserved[rows] = self.table.computed[rows] = target
             self.table.committed[rows] = np.minimum(self.table.committed[rows], target)
 
@@ -213,11 +150,6 @@ class BlockManager:
             self._release(rows, np.zeros_like(rows), fences)
             self.table.destroy(rows)
 
-    def lengths(self, sequences: SequenceOf[Sequence]) -> Ints:
-        """Computed tokens of each sequence, int64."""
-        with self._lock:
-            return self.table.computed[self.table.rows(sequences)]
-
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def reserve(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Plan:
@@ -231,41 +163,56 @@ class BlockManager:
         batch = sequences if isinstance(sequences, Batch) else Batch(sequences)
         with self._verb:
             counts, ids = pack_batch(tokens, len(batch), self.max_seq_len)
+            counts, ids = self.table.spread(counts), self.table.spread(ids)
+            generations = self.table.spread(batch.generations)
             step = self._next_step
             plan = None
             if self._accelerator is not None:
-                plan = self._accelerator.reserve(step, batch.rows, batch.generations, counts, ids)
+                rows = self.table.groups_of(batch.rows)
+                plan = self._accelerator.reserve(step, rows, generations, counts, ids)
             if plan is None:
-                plan = self._reserve(step, batch, counts, ids)
+                plan = self._reserve(step, batch, generations, counts, ids)
             self._next_step = step + 1
             self._in_flight[step] = plan
             self.counters.cow_copies += len(plan.replaced[0])
             return plan
 
-    def commit(self, plan: Plan, tokens: LateTokens = None) -> None:
+    def commit(self, plan: Plan, tokens: LateTokens = None, accepted: SequenceOf[int] | None = None) -> None:
         """The step has run: its tokens count, and blocks that became full can be matched.
 
         ``tokens[i]`` is the ids of sequence ``i`` where it was reserved by count. Without ids (here or at
         ``reserve``) its tokens are computed but never committed, and what follows them cannot be matched either.
-        Raises ``StepOrderError`` unless this is the oldest step in flight, ``InvalidInput``.
+        ``accepted[i]``, at least 1, is how many of the tokens of sequence ``i`` count, drafts being verified: the rest
+        is rolled back. Raises ``StepOrderError`` unless this is the oldest step in flight, ``SequenceBusy`` if drafts
+        are refused on which a later step builds, ``InvalidInput``.
         """
         with self._verb:
             if self._in_flight.get(plan.step) is not plan or plan.step != self._oldest_in_flight():
                 raise StepOrderError(
                     f"step {plan.step} cannot commit: in flight are {list(self._in_flight)}, oldest first"
                 )
-            alive = alive_in(plan, self.table)
-            late = fill_in(plan.tokens, plan.query_start.tolist(), tokens, alive)
-            ids = late if self.prefix_caching else None
+            n, alive = plan.num_seqs, alive_in(plan, self.table)
+            kept = accepted_counts(plan, accepted, alive, self.table)
+            known = fill_in(plan.tokens[: plan.num_tokens], plan.query_start[: n + 1].tolist(), tokens, alive[:n])
+            known = self.table.spread(known)
             del self._in_flight[plan.step]
+            if kept is not None:
+                self.counters.draft_tokens += int((plan.counts - kept)[:n].sum())
+                plan, known = shorten_step(plan, kept, known, self.tiers[DEVICE], self.table, self._fences(None))
+            ids = known if self.prefix_caching else None
             duplicates = None
             if self._accelerator is not None:
                 duplicates = self._accelerator.commit(plan, ids, lambda: self._fences(None))
             if duplicates is None:
                 duplicates = commit_step(plan, ids, self.tiers[DEVICE], self.table, self._fences(None))
+            if any(self.table.windows):
+                leave_windows(plan.rows[alive], self.tiers[DEVICE], self.table, self.rollback, self._fences(None))
+            if self.second is not None and plan.demotion is not None:
+                self.second.settle(plan.demotion)
+                self.counters.demoted_blocks += len(plan.demotion.blocks)
             self.counters.duplicate_blocks += duplicates
             self.counters.steps_committed += 1
-            self.counters.tokens_committed += int(plan.counts[alive].sum())
+            self.counters.tokens_committed += int(plan.counts[:n][alive[:n]].sum())
 
     def abort(self, plan: Plan) -> None:
         """The step will not count: its sequences are as before ``reserve``.
@@ -284,7 +231,46 @@ class BlockManager:
             if self._accelerator is not None:
                 self._accelerator.drop(plan)
             undo_step(plan, self.tiers[DEVICE], self.table, self._oldest_in_flight())
+            if self.second is not None and plan.demotion is not None:
+                self.second.drop(plan.demotion)
             self.counters.steps_aborted += 1
+
+    # Pins -----------------------------------------------------------------------------------------------------------
+
+    def pin(self, sequence: Sequence, owner: str, length: int | None = None, until: float | None = None) -> Pin:
+        """Keep the full blocks of a sequence's first ``length`` tokens (all of it unless given) from eviction.
+
+        The pin outlives the sequence, until ``unpin`` or an ``expire`` with a time of ``until`` or later. Raises
+        ``PinQuotaExceeded``, ``WrongTier``, ``SequenceBusy``, ``InvalidInput``.
+        """
+        with self._verb:
+            rows = self.table.rows([sequence])
+            self.table.require_tier(rows, DEVICE)
+            self.table.require_still(rows, "pin")
+            known = int(self.table.committed[rows[0]])
+            wanted = known if length is None else length
+            if not 0 <= wanted <= known:
+                raise InvalidInput(f"length {length} is not in [0, {known}], what is committed")
+            full = wanted // self.block_size
+            held = [self.table.blocks[row, self.table.dropped[row] : full].copy() for row in rows.tolist()]
+            blocks = np.concatenate(held)
+            self.pins.require(owner, len(blocks))
+            self.tiers[DEVICE].share(blocks)
+            return self.pins.add(owner, full * self.block_size, until, blocks)
+
+    def unpin(self, pin: Pin) -> None:
+        """End a pin: its blocks can be evicted once no sequence holds them. Raises ``StalePin``."""
+        with self._verb:
+            self.pins.remove(pin)
+            self.tiers[DEVICE].pool.release(pin.blocks[::-1])
+
+    def expire(self, now: float) -> int:
+        """End the pins whose time has come, on the clock that ``until`` was given by; returns how many."""
+        with self._verb:
+            ended = self.pins.ended(now)
+            for pin in ended:
+                self.unpin(pin)
+            return len(ended)
 
     # Tiers ----------------------------------------------------------------------------------------------------------
 
@@ -300,84 +286,79 @@ class BlockManager:
         """Begin moving sequences back to the device; as ``swap_out``."""
         return self._begin_transfer(sequences, HOST, DEVICE)
 
-    def finish(self, transfer: Transfer, after: Fence | None = None) -> None:
-        """The bytes were copied, or will be by the time ``after`` passes: the sequences are in the other tier now."""
+    def finish(self, moved: Transfer | Promotion, after: Fence | None = None) -> None:
+        """The bytes were copied, or will be by the time ``after`` passes: the sequences can be used."""
         with self._verb:
             fences = self._fences(after)
-            self._end_transfer(transfer)
-            swapping.finish(transfer, self.tiers, self.table, fences)
-            direction = "out" if transfer.target == "host" else "in"
-            self.counters.swapped_blocks[direction] += transfer.num_copied
-            self.counters.swapped_sequences[direction] += len(transfer.rows)
+            self._end_move(moved)
+            if moved.demotion is not None and self.second is not None:
+                self.second.settle(moved.demotion)
+                self.counters.demoted_blocks += len(moved.demotion.blocks)
+            if isinstance(moved, Promotion):
+                assert self.second is not None
+                self.second.finish(moved, self.table, fences)
+                self.counters.promoted_blocks += moved.num_copied
+                return
+            give_up = self.second.give_up if self.second is not None and moved.target == "device" else _keep
+            swapping.finish(moved, self.tiers, self.table, fences, give_up)
+            direction = "out" if moved.target == "host" else "in"
+            self.counters.swapped_blocks[direction] += moved.num_copied
+            self.counters.swapped_sequences[direction] += len(moved.rows) // len(self.table.windows)
 
-    def cancel(self, transfer: Transfer) -> None:
-        """The copy failed: the sequences stay where they were."""
+    def cancel(self, moved: Transfer | Promotion) -> None:
+        """The copy failed: swapped sequences stay where they were, admitted ones end."""
         with self._verb:
-            self._end_transfer(transfer)
-            swapping.cancel(transfer, self.tiers, self.table)
-            self.counters.swap_failures["out" if transfer.target == "host" else "in"] += 1
+            self._end_move(moved)
+            if moved.demotion is not None and self.second is not None:
+                self.second.drop(moved.demotion)
+            if isinstance(moved, Promotion):
+                assert self.second is not None
+                self.second.cancel(moved, self.table)
+                self.counters.promotion_failures += 1
+                return
+            swapping.cancel(moved, self.tiers, self.table)
+            self.counters.swap_failures["out" if moved.target == "host" else "in"] += 1
 
-    # Looking --------------------------------------------------------------------------------------------------------
-
-    def stats(self) -> Stats:
-        """One consistent snapshot."""
+    def clear(self) -> int:
+        """Forget every cached block that nobody holds or has pinned, in all tiers; returns how many that were."""
         with self._verb:
-            return checks.snapshot(self.tiers, self.table, self._moving, self.counters, len(self._in_flight))
-
-    def check(self) -> None:
-        """Assert every invariant in O(pool + tokens). Raises ``InternalError`` and counts the violation."""
-        with self._lock:
-            try:
-                checks.check(self.tiers, self.table, self._moving, self.prefix_caching)
-            except Exception:
-                self.counters.invariant_violations += 1
-                raise
+            cleared = sum(tier.clear() for tier in self.tiers)
+            self.counters.cleared_blocks += cleared
+            return cleared
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
-    def _oldest_in_flight(self) -> int:
-        return next(iter(self._in_flight), self._next_step)
+    def _add(self, arrivals: list[Arrival]) -> list[Sequence]:
+        matches = [self._find(arrival, self.tiers[:1]) for arrival in arrivals]
+        self._require_admissible(arrivals, matches)
+        self._count_hits(arrivals, matches)
+        keep = self._accelerator is None  # compiled, to hash again is cheaper than to compare
+        device = self.tiers[DEVICE]
+        return [
+            admit(match, arrival, device, self.table, keep) for arrival, match in zip(arrivals, matches, strict=True)
+        ]
 
-    def _fences(self, after: Fence | None) -> tuple[Fence, ...]:
-        if after is not None and not callable(getattr(after, "query", None)):
-            raise InvalidInput(f"a fence needs a query() method, such as torch.cuda.Event has, got {after!r:.80}")
-        fences: tuple[Fence, ...] = () if after is None else (after,)
-        return fences + tuple(_StepFence(step, self._in_flight) for step in self._in_flight)
+    def _promote(
+        self, second: SecondLevel, arrivals: list[Arrival], matches: list[Match]
+    ) -> tuple[list[Sequence], Promotion]:
+        sequences, promotion = second.promote(matches, arrivals, self.table, self._accelerator is None)
+        self._count_hits(arrivals, matches)
+        self._moving.append(promotion)
+        return sequences, promotion
 
-    def _require_length(self, length: int) -> None:
-        if length > self.max_seq_len:
-            raise SequenceTooLong(length, self.max_seq_len)
-
-    def _release(self, rows: Ints, keep: Ints, fences: tuple[Fence, ...]) -> None:
-        for index, tier in enumerate(self.tiers):
-            here = self.table.tier[rows] == index
-            if here.any():
-                tier.pool.release(*self.table.leaf_first(rows[here], keep[here]), fences)
-
-    def _add(self, root: bytes, prompt: Prompt) -> Sequence:
-        device, table = self.tiers[DEVICE], self.table
-        usable = max(len(prompt.tokens) - 1, 0) // self.block_size
-        blocks = device.index.match(prompt.names[: usable * DIGEST_BYTES])
-        row = table.create(root)
-        cached = len(blocks) * self.block_size
-        device.share(blocks)
-        table.blocks[row, : len(blocks)] = blocks
-        table.num_blocks[row] = len(blocks)
-        table.reserved[row] = table.computed[row] = table.committed[row] = cached
-        if self._accelerator is None and len(prompt.names) > len(blocks) * DIGEST_BYTES:
-            table.prompts[row] = prompt  # compiled, to hash again is cheaper than to compare
-        self.counters.prefix_query_tokens += len(prompt.tokens)
-        self.counters.prefix_hit_tokens += cached
-        return table.handle(row, cached)
-
-    def _reserve(self, step: int, batch: Batch, counts: Ints, ids: TokenArray) -> Plan:
+    def _reserve(self, step: int, batch: Batch, generations: Ints, counts: Ints, ids: TokenArray) -> Plan:
         """The specification of ``Accelerator.reserve``, and what finds the error to raise."""
-        rows = self.table.rows(batch)
-        self.table.require_tier(rows, DEVICE)
-        self.table.require_still(rows, "reserve for")
-        self._require_length(int((self.table.reserved[rows] + counts).max(initial=0)))
-        plan = plan_step(step, self.tiers[DEVICE], self.table, rows, batch.generations, counts, ids)
-        apply_step(plan, self.tiers[DEVICE], self.table, _StepFence(step, self._in_flight))
+        table, device = self.table, self.tiers[DEVICE]
+        rows = table.rows(batch)
+        table.require_tier(rows, DEVICE)
+        table.require_still(rows, "reserve for")
+        longest = int((table.reserved[rows] + counts).max(initial=0))
+        if longest > self.max_seq_len:
+            raise SequenceTooLong(longest, self.max_seq_len)
+        plan = plan_step(step, device, table, rows, generations, counts, ids, self.second)
+        if plan.demotion is not None and self.second is not None:
+            self.second.begin(plan.demotion)
+        apply_step(plan, device, table, StepFence(step, self._in_flight))
         return plan
 
     def _begin_transfer(self, sequences: SequenceOf[Sequence], source: int, target: int) -> Transfer:
@@ -387,11 +368,20 @@ class BlockManager:
                 raise InvalidInput("there is no host tier to swap with: set pool.host_blocks or pool.host_size")
             self.table.require_idle(rows, "swap")
             self.table.require_tier(rows, source)
-            transfer = swapping.begin(rows, self.tiers[source], self.tiers[target], self.table)
+            demote = self.second.demote if self.second is not None and target == DEVICE else _lose
+            transfer = swapping.begin(rows, self.tiers[source], self.tiers[target], self.table, demote)
             self._moving.append(transfer)
             return transfer
 
-    def _end_transfer(self, transfer: Transfer) -> None:
-        if not any(moving is transfer for moving in self._moving):
+    def _end_move(self, moved: Transfer | Promotion) -> None:
+        if not any(moving is moved for moving in self._moving):
             raise StepOrderError("this transfer is not under way: each is finished or cancelled once")
-        self._moving = [moving for moving in self._moving if moving is not transfer]
+        self._moving = [moving for moving in self._moving if moving is not moved]
+
+
+def _lose(fresh: Blocks) -> None:
+    """What is evicted is gone."""
+
+
+def _keep(blocks: Blocks, times: Ints | int) -> None:
+    """What moved stays cached where it was."""

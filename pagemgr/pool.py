@@ -28,6 +28,7 @@ import numpy.typing as npt
 from .errors import InternalError, InvalidInput, OutOfBlocks
 from .eviction import Blocks, EvictionPolicy
 from .layout import NULL_BLOCK
+from .watch import CHECKS, POISON, Watch
 
 _NO_BLOCKS: Blocks = np.zeros(0, dtype=np.int32)
 
@@ -58,12 +59,14 @@ class Fence(Protocol):
 class BlockPool:
     """The blocks of one tier. Every method takes an array of distinct block ids (int32) and is all or nothing."""
 
-    def __init__(self, num_blocks: int, policy: EvictionPolicy, tier: str = "device") -> None:
+    def __init__(self, num_blocks: int, policy: EvictionPolicy, tier: str = "device", debug: int = CHECKS) -> None:
         if num_blocks < 2:
             raise InvalidInput(f"a tier needs at least 2 blocks (one is the null block), got {num_blocks}")
         self.num_blocks = num_blocks
         self.tier = tier
         self.policy = policy
+        self.watch = Watch(debug) if debug >= POISON else None
+        self._checked = debug >= CHECKS
         self.refs = np.zeros(num_blocks, dtype=np.int32)
         self.state = np.full(num_blocks, FREE, dtype=np.uint8)
         self.state[NULL_BLOCK] = NULL
@@ -123,14 +126,19 @@ class BlockPool:
         self.state[blocks] = OPEN
         self.num_allocated += len(blocks)
         self.num_evicted += len(evicted)
+        if self.watch is not None:
+            self.watch.taken(blocks)
+            self.watch.note(blocks, "given out")
         return evicted
 
     def acquire(self, blocks: Blocks, times: Ints | int = 1) -> None:
         """Add references to distinct blocks, ``times`` to each. Refuses blocks that hold nothing."""
         states = self.state[blocks]
-        if (states <= FREE).any():
+        if self._checked and (states <= FREE).any():
             nothing = blocks[states <= FREE][:8].tolist()
-            raise InternalError(f"reference to {self.tier} blocks that hold nothing: {nothing}")
+            raise InternalError(f"reference to {self.tier} blocks that hold nothing: {nothing}{self._past(nothing)}")
+        if self.watch is not None:
+            self.watch.note(blocks, "shared")
         idle = states >= CACHED
         if idle.any():
             self.policy.hit(blocks[states == CACHED])
@@ -145,9 +153,12 @@ class BlockPool:
         reference that does not exist is refused before anything changes.
         """
         left = self.refs[blocks] - times
-        if len(blocks) and left.min() < 0:
-            raise InternalError(f"double free of {self.tier} blocks {blocks[left < 0][:8].tolist()}")
+        if self._checked and len(blocks) and left.min() < 0:
+            twice = blocks[left < 0][:8].tolist()
+            raise InternalError(f"double free of {self.tier} blocks {twice}{self._past(twice)}")
         self.refs[blocks] = left
+        if self.watch is not None:
+            self.watch.note(blocks, "released")
         if fences:
             self.pending[blocks] += 1
             self._fences.append((fences, blocks))
@@ -164,6 +175,8 @@ class BlockPool:
         self.counts[FREE] -= blanks
         self.counts[OPEN] += blanks
         self.num_allocated += blanks
+        if self.watch is not None:
+            self.watch.taken(self.stack[self.counts[FREE] :][:blanks])
 
     def count_sealed(self, blocks: int) -> None:
         """The compiled loops made this many open blocks full."""
@@ -178,6 +191,8 @@ class BlockPool:
         self.counts[CACHED] += len(cached)
         self.num_released += blanks + len(cached)
         self.policy.insert(cached)
+        if self.watch is not None:
+            self.watch.freed(self.stack[self.counts[FREE] - blanks : self.counts[FREE]])
 
     @property
     def has_fences(self) -> bool:
@@ -186,11 +201,21 @@ class BlockPool:
 
     def seal(self, blocks: Blocks) -> None:
         """Open blocks become full: immutable, published under a hash."""
-        if (self.state[blocks] != OPEN).any():
+        if self._checked and (self.state[blocks] != OPEN).any():
             raise InternalError(f"only open blocks can be sealed, not {blocks[:8].tolist()}")
         self.published[blocks] = True
         self.state[blocks] = FULL
         self.count_sealed(len(blocks))
+
+    def retract(self, blocks: Blocks) -> None:
+        """Published blocks no longer are: full ones become open, cached ones free, and fenced ones will be free."""
+        states = self.state[blocks]
+        full, cached = blocks[states == FULL], blocks[states == CACHED]
+        self.published[blocks] = False
+        self.count_sealed(-len(full))
+        self.state[full] = OPEN
+        self.policy.evict(cached)
+        self._settle(cached)
 
     def poll(self) -> None:
         """Let go of the blocks whose fences have passed. If a fence raises, nothing has changed."""
@@ -243,6 +268,9 @@ class BlockPool:
             if not holds:
                 raise InternalError(f"{self.tier} pool: broken invariant: {law}")
 
+    def _past(self, blocks: list[int]) -> str:
+        return self.watch.tell(blocks) if self.watch is not None else ""
+
     def _settle(self, idle: Blocks) -> None:
         """Unreferenced, unfenced blocks become cached or free, in order."""
         published = self.published[idle]
@@ -255,6 +283,10 @@ class BlockPool:
             start = self.counts[FREE]
             self._recount(idle, self.state[idle], FREE)
             self.stack[start : start + len(idle)] = idle
+            if self.watch is not None:
+                self.watch.freed(idle)
+                if self.watch.quarantine:  # to the bottom: reused after everything that is blank now
+                    self.stack[: start + len(idle)] = np.roll(self.stack[: start + len(idle)], len(idle))
 
     def _recount(self, blocks: Blocks, old: npt.NDArray[np.uint8], new: int | npt.NDArray[np.int64]) -> None:
         """Set states and keep the counts true."""

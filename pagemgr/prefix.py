@@ -13,6 +13,7 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import InternalError
 from .eviction import Blocks
@@ -20,6 +21,7 @@ from .ids import TokenArray
 
 DIGEST_BYTES = 32
 _FORMAT = b"pagemgr prefix 1"
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,27 @@ class Namespace:
     media: tuple[bytes, ...] = ()
     """Digests of images or audio whose placeholder tokens stand in the prompt, in order."""
 
-    def root(self, block_size: int) -> bytes:
-        """The name that stands before the first block, 32 bytes."""
+    def root(self, block_size: int, secret: bytes = b"") -> bytes:
+        """The name that stands before the first block, 32 bytes.
+
+        With a ``secret`` of 16 to 64 bytes it is a MAC (BLAKE2b), so that nobody without it can tell from a name what
+        was asked for, or make one; the names that follow are SHA-256 chains from it all the same.
+        """
         frames = [b"t" + _framed(self.tenant.encode())] if self.tenant is not None else []
         frames += [b"a" + _framed(self.adapter.encode())] if self.adapter is not None else []
         frames += [b"m" + _framed(digest) for digest in self.media]
-        return hashlib.sha256(_framed(_FORMAT) + block_size.to_bytes(8, "little") + b"".join(frames)).digest()
+        framed = _framed(_FORMAT) + block_size.to_bytes(8, "little") + b"".join(frames)
+        if secret:
+            return hashlib.blake2b(framed, digest_size=DIGEST_BYTES, key=secret).digest()
+        return hashlib.sha256(framed).digest()
+
+
+def group_roots(root: bytes, num_groups: int) -> list[bytes]:
+    """The root of each layer group: blocks of different groups hold different layers, so their names differ."""
+    tagged = [
+        hashlib.sha256(_framed(root) + b"g" + group.to_bytes(8, "little")).digest() for group in range(1, num_groups)
+    ]
+    return [root, *tagged]
 
 
 def _framed(data: bytes) -> bytes:
@@ -78,6 +95,11 @@ class PrefixIndex:
         self.names = np.zeros((num_blocks, DIGEST_BYTES), dtype=np.uint8)
         self.parents = np.zeros(num_blocks, dtype=np.int32)
         """The block before each published one in its prefix, the null block before the first."""
+        self.groups = np.zeros(num_blocks, dtype=np.uint8)
+        """The layer group of each published block."""
+        self.heads = np.full(1 << (num_blocks - 1).bit_length(), -1, dtype=np.int32)
+        """A lossy table: the block published last under a parent's name and a first token. What it says must be
+        verified, so nothing has to be taken out of it."""
         self._blocks: dict[bytes, int] = {}
 
     def hash(self, parent: bytes, tokens: TokenArray) -> bytes:
@@ -107,6 +129,24 @@ class PrefixIndex:
         new = kept == blocks
         self.names[blocks[new]] = np.frombuffer(names, dtype=np.uint8).reshape(-1, DIGEST_BYTES)[new]
         return kept
+
+    def describe(self, blocks: Blocks, source: PrefixIndex, sources: Blocks) -> None:
+        """These blocks hold, or will, what ``sources`` hold in another tier."""
+        self.tokens[blocks] = source.tokens[sources]
+        self.groups[blocks] = source.groups[sources]
+
+    def lead(self, blocks: Blocks, parents: bytes) -> None:
+        """These published blocks, which follow the prefixes named ``parents``, can be found by their first tokens."""
+        self.heads[self._places(parents, self.tokens[blocks, 0])] = blocks
+
+    def head(self, parent: bytes, token: int) -> int:
+        """The block that may follow the prefix named ``parent`` and begin with ``token``, or -1."""
+        return int(self.heads[self._places(parent, np.array([token], dtype=np.int32))[0]])
+
+    def _places(self, parents: bytes, tokens: TokenArray) -> npt.NDArray[np.uint64]:
+        digests = np.frombuffer(parents, dtype="<u8")[:: DIGEST_BYTES // 8]
+        mixed: npt.NDArray[np.uint64] = digests ^ (tokens.astype(np.uint64) * _GOLDEN)
+        return mixed & np.uint64(len(self.heads) - 1)
 
     def forget(self, blocks: Blocks) -> None:
         """These blocks were evicted."""

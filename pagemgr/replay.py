@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .backends import KVLayer
 from .cache import PagedKVCache, Step
 from .config import Config, EvictionConfig, ModelConfig, PoolConfig
 from .errors import InternalError
@@ -33,6 +34,8 @@ class Sample:
     used: int
     cached: int
     free: int
+    waste_slots: int
+    """Slots of used blocks without a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class Replay:
     """Slots that the requests held, summed over requests."""
     held_tokens: int
     """Those of them that held a token."""
+    uniform_slots: int
+    """Slots that they would have held if every layer kept every token."""
     compared_tokens: int
     """Tokens whose bytes were compared, with data."""
     samples: tuple[Sample, ...]
@@ -86,7 +91,7 @@ class _Contents:
         """K and V of ``tokens``, the first of which stands at position ``start``."""
         positions = np.arange(start, start + len(tokens), dtype=np.int32)
         key, value = (torch.from_numpy(array).view(torch.float32).view(-1, 1, 1) for array in (tokens, positions))
-        self.cache.backend.write_kv(key, value, self.cache.storage.layers[0], step.batch.slot_mapping)
+        self.cache.backend.write_kv(key, value, self.cache.storage.layers[0], step.batches[0].slot_mapping)
 
     def move(self, sequence: Handle, tokens: TokenArray) -> None:
         """To the host and back, comparing on both sides."""
@@ -100,37 +105,59 @@ class _Contents:
         table = self.cache.manager.table
         tier = self.cache.manager.tiers[table.tier[sequence.row]].name
         blocks = torch.from_numpy(table.blocks[sequence.row, : table.num_blocks[sequence.row]].astype(np.int64))
-        held = self.cache.storage.tiers[tier][blocks, 0, :, 0, :, 0].view(torch.int32).numpy()
-        found = held.swapaxes(0, 1).reshape(2, -1)[:, : len(tokens)]
+        kv = KVLayer.of(self.cache.storage.tiers[tier][:, 0], torch.int32, self.cache.layout.shape)
+        held = torch.stack([part[blocks].flatten() for part in (kv.key, kv.value)])
+        found = held.numpy()[:, : len(tokens)]
         if not np.array_equal(found, np.stack([tokens, np.arange(len(tokens), dtype=np.int32)])):
             raise InternalError(f"a sequence of {len(tokens)} tokens does not hold in {tier} what was written")
         self.compared += len(tokens)
 
 
 def replay(
-    requests: Iterable[Request], usable_blocks: int, block_size: int, policy: str = "lru", with_data: bool = False
+    requests: Iterable[Request],
+    usable_blocks: int,
+    block_size: int,
+    policy: str = "lru",
+    with_data: bool = False,
+    windows: tuple[int | None, ...] = (None,),
+    host_blocks: int = 0,
+    host_cache: str = "off",
 ) -> Replay:
-    """Run a whole trace. Raises ``InternalError`` if bytes are wrong."""
+    """Run a whole trace, on layer groups of these ``windows`` and with a host tier if asked for; both without data.
+
+    Raises ``InternalError`` if bytes are wrong.
+    """
     contents = _Contents(usable_blocks + 1, block_size, policy) if with_data else None
     manager = (
         contents.cache.manager
         if contents
-        else BlockManager(usable_blocks + 1, block_size, max_sequences=1, eviction=policy)
+        else BlockManager(
+            usable_blocks + 1,
+            block_size,
+            max_sequences=1,
+            eviction=policy,
+            windows=windows,
+            rollback=0,
+            num_host_blocks=host_blocks + 1 if host_blocks else 0,
+            host_cache=host_cache,
+        )
     )
     source = TokenSource()
-    served = skipped = longest = held_slots = held_tokens = 0
+    served = skipped = longest = held_slots = held_tokens = uniform = 0
+    most = manager.max_seq_len // len(windows)
     samples: list[Sample] = []
     for request in requests:
         length = request.input_length + max(request.output_length - 1, 0)
         longest = max(longest, length)
-        if length > manager.max_seq_len:
+        if length > most:
             skipped += 1
         else:
             tokens = np.concatenate([source.prompt(request), source.unique(length - request.input_length)])
             samples.append(_serve(request, tokens, manager, contents))
             served += 1
-            held_slots += -(-length // block_size) * block_size
-            held_tokens += length
+            held_slots += samples[-1].used * block_size
+            held_tokens += samples[-1].used * block_size - samples[-1].waste_slots
+            uniform += -(-length // block_size) * block_size * len(windows)
     manager.check()
     return Replay(
         requests=served + skipped,
@@ -140,6 +167,7 @@ def replay(
         longest=longest,
         held_slots=held_slots,
         held_tokens=held_tokens,
+        uniform_slots=uniform,
         compared_tokens=contents.compared if contents else 0,
         samples=tuple(samples),
         stats=manager.stats(),
@@ -147,7 +175,9 @@ def replay(
 
 
 def _serve(request: Request, tokens: TokenArray, manager: BlockManager, contents: _Contents | None) -> Sample:
-    sequence = manager.add(tokens[: request.input_length])
+    (sequence,), promotion = manager.admit([tokens[: request.input_length]])
+    if promotion is not None:
+        manager.finish(promotion)
     cached = sequence.num_cached_tokens
     if contents is None:
         manager.commit(manager.reserve([sequence], [tokens[cached:]]))
@@ -159,4 +189,4 @@ def _serve(request: Request, tokens: TokenArray, manager: BlockManager, contents
         contents.move(sequence, tokens)
     device = manager.stats().device
     manager.free([sequence])
-    return Sample(request.timestamp, device.used, device.cached, device.free)
+    return Sample(request.timestamp, device.used, device.cached, device.free, device.waste_slots)

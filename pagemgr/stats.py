@@ -13,6 +13,20 @@ class Counters:
     """Prompt tokens of added sequences."""
     prefix_hit_tokens: int = 0
     """Those of them that were found in the prefix cache."""
+    prefix_partial_hit_tokens: int = 0
+    """Those of the hits that are the beginning of a block, which is copied."""
+    prefix_host_hit_tokens: int = 0
+    """Those of the hits that came up from the host tier, whole blocks."""
+    prefix_collisions: int = 0
+    """Blocks found by name that held other tokens; each was a miss."""
+    draft_tokens: int = 0
+    """Tokens of committed steps that were not accepted."""
+    demoted_blocks: int = 0
+    """Evicted blocks that went down to the host tier."""
+    promoted_blocks: int = 0
+    """Blocks that came up from the host tier because a prompt needed them."""
+    cleared_blocks: int = 0
+    """Cached blocks that ``clear`` forgot."""
     duplicate_blocks: int = 0
     """Blocks that two sequences computed at once; the later one was given back."""
     cow_copies: int = 0
@@ -23,8 +37,14 @@ class Counters:
     """Blocks whose bytes moved, by direction."""
     swapped_sequences: dict[str, int] = field(default_factory=lambda: {"out": 0, "in": 0})
     swap_failures: dict[str, int] = field(default_factory=lambda: {"out": 0, "in": 0})
+    promotion_failures: int = 0
     failures: dict[str, int] = field(
-        default_factory=lambda: {"out_of_blocks": 0, "out_of_sequences": 0, "sequence_too_long": 0}
+        default_factory=lambda: {
+            "out_of_blocks": 0,
+            "out_of_sequences": 0,
+            "sequence_too_long": 0,
+            "pin_quota_exceeded": 0,
+        }
     )
     """Calls refused for want of room, by reason."""
     invariant_violations: int = 0
@@ -46,6 +66,8 @@ class TierStats:
     fenced: int
     references: int
     """Table entries; more than ``open + full`` by what sharing saves."""
+    pinned: int
+    """Full blocks that nobody but pins holds."""
     waste_slots: int
     """Slots of open blocks that hold no token yet."""
     allocated_total: int
@@ -56,7 +78,7 @@ class TierStats:
     @property
     def used(self) -> int:
         """Blocks that sequences hold."""
-        return self.open + self.full
+        return self.open + self.full - self.pinned
 
     @property
     def saved(self) -> int:

@@ -9,22 +9,47 @@ what the others hold; among equals, the last.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidInput, SequenceBusy
 from .eviction import Blocks
-from .ids import TokenArray
+from .ids import TokenArray, pack_tokens
 from .layout import NULL_BLOCK
 from .plan import Copies, Ints, Plan
 from .pool import BlockState, Fence, tally
 from .prefix import DIGEST_BYTES
+from .second_level import SecondLevel
 from .sequences import IDLE, SequenceTable
 from .tier import Tier
 
 
+@dataclass(frozen=True, slots=True)
+class StepFence:
+    """Passes when the step has ended."""
+
+    step: int
+    in_flight: dict[int, Plan]
+
+    def query(self) -> bool:
+        """Whether it has."""
+        return self.step not in self.in_flight
+
+
 def plan_step(
-    step: int, tier: Tier, table: SequenceTable, rows: Ints, generations: Ints, counts: Ints, tokens: TokenArray
+    step: int,
+    tier: Tier,
+    table: SequenceTable,
+    rows: Ints,
+    generations: Ints,
+    counts: Ints,
+    tokens: TokenArray,
+    second: SecondLevel | None,
 ) -> Plan:
-    """Decide which blocks the batch gets. Pure; raises ``OutOfBlocks``."""
+    """Decide which blocks the batch gets, and what goes down to ``second`` for them. Pure; raises ``OutOfBlocks``."""
     size = tier.index.block_size
     starts = table.reserved[rows]
     ends = starts + counts
@@ -33,6 +58,8 @@ def plan_step(
     copied, tails = _copied_tails(tier, table, rows, starts, size)
     blocks = tier.pool.peek(len(copied) + int(growth.sum()))
     fresh, added = blocks[: len(copied)], blocks[len(copied) :]
+    demotion = second.plan(blocks) if second is not None else None
+    down = (demotion.copies(tier.name, second.host.name),) if demotion is not None and second is not None else ()
 
     block_table = table.blocks[rows, : int((have + growth).max(initial=0))]
     block_table[np.repeat(np.arange(len(rows)), growth), np.repeat(have, growth) + ramp(growth)] = added
@@ -42,6 +69,7 @@ def plan_step(
     pairs = np.stack([tails, fresh], axis=1)
     return Plan(
         step=step,
+        num_groups=len(table.windows),
         rows=rows,
         generations=generations,
         previous=table.last_step[rows],
@@ -51,8 +79,9 @@ def plan_step(
         block_table=block_table,
         query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
         slot_mapping=block_table[owners, positions // size].astype(np.int64) * size + positions % size,
-        copies=(Copies(tier.name, tier.name, pairs),) if len(pairs) else (),
+        copies=(*down, Copies(tier.name, tier.name, pairs)) if len(pairs) else down,
         replaced=(copied, fresh, tails),
+        demotion=demotion,
     )
 
 
@@ -103,6 +132,47 @@ def undo_step(plan: Plan, tier: Tier, table: SequenceTable, oldest: int) -> None
     table.last_step[rows] = np.where(plan.previous[alive] >= oldest, plan.previous[alive], IDLE)
 
 
+def accepted_counts(
+    plan: Plan, accepted: SequenceOf[int] | None, alive: npt.NDArray[np.bool_], table: SequenceTable
+) -> Ints | None:
+    """How many tokens of each row count, if not all of them do. Raises ``InvalidInput``, ``SequenceBusy``."""
+    if accepted is None:
+        return None
+    kept = table.spread(pack_tokens(accepted).astype(np.int64))
+    if len(kept) != len(plan.rows) or (kept < 1).any() or (kept > plan.counts).any():
+        counts = plan.counts[: plan.num_seqs].tolist()
+        raise InvalidInput(f"accepted must be from 1 to the counts of the step, {counts!s:.200}, got {accepted!s:.200}")
+    refused = plan.rows[alive & (kept < plan.counts)]
+    for row in refused[table.last_step[refused] != plan.step].tolist():
+        raise SequenceBusy(row, "refuse drafts of", f"step {table.last_step[row]} builds on them")
+    return kept if (kept < plan.counts).any() else None
+
+
+def shorten_step(
+    plan: Plan, accepted: Ints, ids: TokenArray, tier: Tier, table: SequenceTable, fences: tuple[Fence, ...]
+) -> tuple[Plan, TokenArray]:
+    """Of the tokens that the step ran, each row keeps its first ``accepted``; slots beyond go back after ``fences``.
+
+    Returns what is left of the step and of its ``ids``.
+    """
+    size = tier.index.block_size
+    shorter_rows = alive_in(plan, table) & (accepted < plan.counts)
+    rows, ends = plan.rows[shorter_rows], (plan.starts + accepted)[shorter_rows]
+    keep = -(-ends // size)
+    tier.pool.release(*table.leaf_first(rows, keep), fences)
+    table.cut(rows, keep)
+    table.reserved[rows] = ends
+    tokens = np.repeat(plan.query_start[:-1].astype(np.int64), accepted) + ramp(accepted)
+    shorter = replace(
+        plan,
+        counts=accepted,
+        tokens=plan.tokens[tokens],
+        query_start=np.concatenate([[0], np.cumsum(accepted)]).astype(np.int32),
+        slot_mapping=plan.slot_mapping[tokens],
+    )
+    return shorter, ids[tokens]
+
+
 def commit_step(plan: Plan, ids: TokenArray | None, tier: Tier, table: SequenceTable, fences: tuple[Fence, ...]) -> int:
     """The step has run: advance its sequences, record ids that are known, publish the blocks that became full.
 
@@ -134,10 +204,39 @@ def commit_step(plan: Plan, ids: TokenArray | None, tier: Tier, table: SequenceT
     full = last[filled] - first[filled]
     owners, columns = np.repeat(rows[filled], full), np.repeat(first[filled], full) + ramp(full)
     own = table.blocks[owners, columns]
-    parents = np.where(columns > 0, table.blocks[owners, columns - 1], NULL_BLOCK)
-    kept = tier.publish(own, b"".join(names), parents)
+    chained = (columns > 0) & (table.window[owners] == 0)  # a block in a window outlives those before it
+    parents = np.where(chained, table.blocks[owners, columns - 1], NULL_BLOCK)
+    before_first = [_name_before(tier, table, int(rows[i]), int(first[i])) for i in filled.tolist()]
+    groups = (owners // table.max_sequences).astype(np.uint8)
+    kept = tier.publish(own, b"".join(names), parents, groups)
+    new = kept == own
+    if new.any():
+        chain = b"".join(start + run[:-DIGEST_BYTES] for start, run in zip(before_first, names, strict=True))
+        tier.index.lead(own[new], np.frombuffer(chain, np.uint8).reshape(-1, DIGEST_BYTES)[new].tobytes())
     share_duplicates(tier, table, owners, columns, own, kept, fences)
-    return int(np.count_nonzero(kept != own))
+    return int(np.count_nonzero(~new))
+
+
+def leave_windows(rows: Ints, tier: Tier, table: SequenceTable, rollback: int, fences: tuple[Fence, ...]) -> None:
+    """Give back the blocks that left the windows of these rows, once ``fences`` have passed.
+
+    A row stays ready to be cut back by ``rollback`` tokens.
+    """
+    size = tier.index.block_size
+    rows = rows[table.window[rows] > 0]
+    gone = (table.computed[rows] - rollback - table.window[rows] + 1) // size
+    leaving = gone > table.dropped[rows]
+    rows, gone = rows[leaving], gone[leaving]
+    if not len(rows):
+        return
+    left: list[Blocks] = []
+    for row, end in zip(rows.tolist(), gone.tolist(), strict=True):
+        blocks = table.blocks[row, table.dropped[row] : end]
+        table.roots[row] = tier.index.names[blocks[-1]]  # worthless if unknown ids came first: then nothing follows it
+        left.append(blocks[::-1].copy())
+        blocks[:] = NULL_BLOCK
+    table.dropped[rows] = gone
+    tier.pool.release(*tally(np.concatenate(left)), fences)
 
 
 def share_duplicates(
@@ -176,13 +275,20 @@ def _names(tier: Tier, table: SequenceTable, row: int, first: int, last: int) ->
             del table.prompts[row]
     start = first + len(names) // DIGEST_BYTES
     if start < last:
-        before = tier.index.names_of(table.blocks[row, start - 1 : start]) if start else table.roots[row].tobytes()
         tokens = tier.index.tokens[table.blocks[row, start:last]].reshape(-1)
-        names += tier.index.hash(names[-DIGEST_BYTES:] or before, tokens)
+        names += tier.index.hash(names[-DIGEST_BYTES:] or _name_before(tier, table, row, start), tokens)
     return names
 
 
-def alive_in(plan: Plan, table: SequenceTable) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _name_before(tier: Tier, table: SequenceTable, row: int, column: int) -> bytes:
+    """The name of the prefix that ends where this column of a row begins."""
+    if column > table.dropped[row]:
+        return tier.index.names_of(table.blocks[row, column - 1 : column])
+    root: bytes = table.roots[row].tobytes()
+    return root
+
+
+def alive_in(plan: Plan, table: SequenceTable) -> npt.NDArray[np.bool_]:
     """Which sequences of the plan were not freed since."""
     return np.asarray(table.live[plan.rows] & (table.generation[plan.rows] == plan.generations))
 

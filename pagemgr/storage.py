@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from .backends.interface import Backend, KVLayer
+from .errors import InternalError
 from .layout import NULL_BLOCK, BlockLayout
 from .plan import Copies
 from .pool import Fence
+from .watch import Watch
+
+_POISON = 0xFF
+"""Of every byte: a NaN in each floating point type there is."""
 
 
 class Storage:
-    """Tensors ``[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``, by tier.
+    """Bytes, uint8 ``[num_blocks, num_layers, layer_bytes]``, by tier; ``KVLayer.of`` shows what they hold.
 
     The device tier lives on ``device``, every other in host memory, pinned where the device is a GPU. Nothing is
     initialised but the null block: what was never written may be anything.
     """
 
     def __init__(
-        self, layout: BlockLayout, num_blocks: Mapping[str, int], device: torch.device, backend: Backend
+        self,
+        layout: BlockLayout,
+        num_blocks: Mapping[str, int],
+        device: torch.device,
+        backend: Backend,
+        watches: Mapping[str, Watch] = MappingProxyType({}),
     ) -> None:
         self.layout = layout
+        self._watches = watches
         self.device = device
         self._backend = backend
-        dtype = getattr(torch, layout.dtype.value)
         self.tiers: dict[str, torch.Tensor] = {}
         for name, blocks in num_blocks.items():
-            shape = (blocks, *layout.shape)
-            on_host = name != "device"
+            shape, on_host = (blocks, layout.num_layers, layout.layer_bytes), name != "device"
             self.tiers[name] = torch.empty(
-                shape, dtype=dtype, device="cpu" if on_host else device, pin_memory=on_host and device.type == "cuda"
+                shape,
+                dtype=torch.uint8,
+                device="cpu" if on_host else device,
+                pin_memory=on_host and device.type == "cuda",
             )
             self.tiers[name][NULL_BLOCK] = 0
-        pool = self.tiers["device"]
-        self.layers = tuple(KVLayer(pool[:, i, 0], pool[:, i, 1]) for i in range(layout.num_layers))
+        stored = getattr(torch, layout.stored)
+        self.layers = tuple(KVLayer.of(layer, stored, layout.shape) for layer in self.tiers["device"].unbind(1))
         """Views of the device tier, one for each layer."""
 
     def execute(self, copies: Sequence[Copies]) -> Fence | None:
         """Move these blocks, in order, on the device's current stream.
 
-        Returns the event after which the sources may be overwritten, None if that is now.
+        Returns the event after which the sources may be overwritten, None if that is now. Raises as ``audit``, first.
         """
+        if self._watches:
+            self.audit()
         for group in copies:
             if group.source == group.target:
                 pairs = torch.from_numpy(group.pairs.astype(np.int64))
@@ -56,6 +71,21 @@ class Storage:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+    def audit(self) -> None:
+        """Poison what is free, and see that what was given out is as it was poisoned, in the tiers that are watched.
+
+        Raises ``InternalError`` for a block that was written after it was freed, or for a null block that was written.
+        """
+        for tier, watch in self._watches.items():
+            whole = self.tiers[tier].view(self.tiers[tier].shape[0], -1).view(torch.uint8)
+            for block in watch.to_inspect():
+                if not bool((whole[block] == _POISON).all()):
+                    raise watch.written(tier, block)
+            if blank := watch.to_poison():
+                whole[torch.tensor(blank, device=whole.device)] = _POISON
+            if bool(whole[NULL_BLOCK].any()):
+                raise InternalError(f"the null block of {tier} was written")
 
     def _move(
         self, source: torch.Tensor, target: torch.Tensor, pairs: np.ndarray[tuple[int, int], np.dtype[np.int32]]

@@ -7,6 +7,7 @@ shared again in the target; one whose name the target holds is not copied at all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -14,15 +15,18 @@ import numpy as np
 from .errors import InternalError
 from .eviction import Blocks
 from .layout import NULL_BLOCK
-from .plan import Copies, Ints, Transfer
+from .plan import Copies, Demotion, Ints, Transfer
 from .pool import Fence, tally
 from .sequences import IDLE, MOVING, SequenceTable
 from .tier import Tier
 
+Demote = Callable[[Blocks], Demotion | None]
+"""Says what becomes of the content that is evicted for these blocks."""
 
-def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Transfer:
+
+def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable, demote: Demote) -> Transfer:
     """Own blocks of the target tier for all of ``rows``, or raise ``OutOfBlocks`` and change nothing."""
-    old = [table.blocks[row, : table.num_blocks[row]] for row in rows.tolist()]
+    old = [table.held(row) for row in rows.tolist()]
     entries = np.concatenate([*old, np.zeros(0, dtype=np.int32)])
     distinct, first, inverse, mentions = np.unique(entries, return_index=True, return_inverse=True, return_counts=True)
     published = source.pool.published[distinct]
@@ -36,10 +40,12 @@ def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Trans
     fresh = target.pool.peek(len(missing), sparing=held)
     new = np.empty(len(distinct), dtype=np.int32)
     new[there], new[missing] = held, fresh
+    demotion = demote(fresh)
     target.take(fresh)
     target.share(new, np.where(there, mentions, mentions - 1))
     table.last_step[rows] = MOVING
 
+    down = () if demotion is None else (demotion.copies(target.name, source.name),)
     pairs = np.stack([distinct[missing], fresh], axis=1)
     named = published[missing]
     ends = np.cumsum([len(blocks) for blocks in old])
@@ -47,30 +53,58 @@ def begin(rows: Ints, source: Tier, target: Tier, table: SequenceTable) -> Trans
         source=source.name,
         target=target.name,
         rows=rows,
-        copies=(Copies(source.name, target.name, pairs),) if len(pairs) else (),
+        copies=(*down, Copies(source.name, target.name, pairs)) if len(pairs) else (),
         moved=tuple(np.split(new[inverse], ends[:-1])) if len(rows) else (),
         names=(fresh[named], source.index.names_of(distinct[missing][named])),
+        demotion=demotion,
     )
 
 
-def finish(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fences: tuple[Fence, ...]) -> None:
+GiveUp = Callable[[Blocks, Ints | int], None]
+"""Is told which blocks, and how often each, will be released because the other tier has what they hold."""
+
+
+def finish(
+    transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable, fences: tuple[Fence, ...], give_up: GiveUp
+) -> None:
     """Point the rows at the target tier and give back the source's blocks once ``fences`` have passed."""
     source, target = (tier_named(tiers, name) for name in (transfer.source, transfer.target))
     leaving = table.leaf_first(transfer.rows, np.zeros_like(transfer.rows))
-    for copies in transfer.copies:
-        target.index.tokens[copies.pairs[:, 1]] = source.index.tokens[copies.pairs[:, 0]]
+    for copies in [copies for copies in transfer.copies if copies.source == source.name]:
+        target.index.describe(copies.pairs[:, 1], source.index, copies.pairs[:, 0])
     for row, blocks in zip(transfer.rows.tolist(), transfer.moved, strict=True):
-        table.blocks[row, : len(blocks)] = blocks
+        table.held(row)[:] = blocks
     table.tier[transfer.rows] = tiers.index(target)
     table.last_step[transfer.rows] = IDLE
+    give_up(*leaving)
     source.pool.release(*leaving, fences)
-    before = {b: a for blocks in transfer.moved for a, b in pairwise(blocks.tolist())}
-    blocks, names = transfer.names
+    publish_moved(transfer.rows, *transfer.names, (source.name, "swapped"), target, table, fences)
+
+
+def publish_moved(
+    rows: Ints,
+    blocks: Blocks,
+    names: bytes,
+    origin: tuple[str, str],
+    tier: Tier,
+    table: SequenceTable,
+    fences: tuple[Fence, ...],
+) -> None:
+    """What these rows hold has come to this tier: publish the blocks that had names where they came from."""
+    # In the host blocks stand alone: one may leave while those that follow it stay.
+    chained = [row for row in rows.tolist() if not table.window[row]] if tier.name == "device" else []
+    whole = [table.held(row).tolist() for row in chained]
+    before = {b: a for held in whole for a, b in pairwise(held)}
     parents = np.array([before.get(block, NULL_BLOCK) for block in blocks.tolist()], dtype=np.int32)
-    kept = target.publish(blocks, names, parents)
-    for block, other in zip(transfer.names[0].tolist(), kept.tolist(), strict=True):
+    kept = tier.publish(blocks, names, parents, tier.index.groups[blocks], origin)
+    for block, other in zip(blocks.tolist(), kept.tolist(), strict=True):
         if other != block:
-            _replace(target, table, transfer.rows, block, other, fences)
+            _replace(tier, table, rows, block, other, fences)
+    for row in rows.tolist():
+        held = table.held(row)
+        named = held[: int(np.count_nonzero(tier.pool.published[held]))]
+        if len(named):
+            tier.index.lead(named, table.roots[row].tobytes() + tier.index.names_of(named[:-1]))
 
 
 def cancel(transfer: Transfer, tiers: tuple[Tier, ...], table: SequenceTable) -> None:
@@ -94,9 +128,3 @@ def _replace(tier: Tier, table: SequenceTable, rows: Ints, old: int, new: int, f
     tier.share(np.array([new], dtype=np.int32), len(mine))
     table.blocks[rows[mine], columns] = new
     tier.pool.release(np.array([old], dtype=np.int32), len(mine), fences)
-
-
-def owned_in_target(transfers: list[Transfer], tier: Tier) -> Blocks:
-    """Blocks of ``tier`` that transfers under way own, once per entry."""
-    owned = [blocks for moving in transfers if moving.target == tier.name for blocks in moving.moved]
-    return np.concatenate([*owned, np.zeros(0, dtype=np.int32)])

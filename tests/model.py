@@ -82,6 +82,7 @@ class Model:
     """The whole state of one manager."""
 
     def __init__(self, block_size: int, sizes: dict[str, int], caching: bool = True) -> None:
+        self.pins: list[list[int]] = []
         self.size, self.caching = block_size, caching
         self.pools = {tier: Pool(size) for tier, size in sizes.items()}
         self.rows: list[Row] = []
@@ -94,6 +95,7 @@ class Model:
     def references(self, tier: str) -> Counter[int]:
         lists = [row.blocks for row in self.rows if row.tier == tier]
         lists += [blocks for move in self.moves if move.target == tier for blocks in move.moved]
+        lists += self.pins if tier == "device" else []
         return Counter(block for blocks in lists for block in blocks)
 
     def states(self, tier: str) -> dict[int, str]:
@@ -190,9 +192,17 @@ class Model:
 
     # Verbs --------------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: list[int], namespace: Namespace) -> Row:
+    def add(self, prompt: list[int], namespace: Namespace, tail: int | None = None) -> Row:
+        """``tail`` is a block after the whole ones that the manager found to begin like the rest of the prompt."""
         blocks = self.match(prompt, namespace) if self.caching else []
-        cached = len(blocks) * self.size
+        whole = cached = len(blocks) * self.size
+        if tail is not None:
+            space, held = self.pools["device"].names[tail]
+            assert (space, held[:whole], len(held)) == (namespace, tuple(prompt[:whole]), whole + self.size)
+            while cached < min(len(held), len(prompt) - 1) and held[cached] == prompt[cached]:
+                cached += 1
+            assert cached > whole, "a block was shared of which nothing can be used"
+            blocks.append(tail)
         self.rows.append(Row(namespace, prompt[:cached], list(blocks), cached, cached))
         self.totals["query"] += len(prompt)
         self.totals["hit"] += cached
@@ -255,9 +265,14 @@ class Model:
             self.release("device", replaced, (lambda: all(one is not flight for one in self.flights),))
         self.totals["copies"] += len(tails)
 
-    def commit(self, ids: list[bool]) -> None:
-        """The oldest step has run; ``ids[i]`` says whether the manager was told the tokens of row ``i``."""
+    def commit(self, ids: list[bool], accepted: list[int] | None = None) -> None:
+        """The oldest step has run; ``ids[i]`` says whether the manager was told the tokens of row ``i``.
+
+        ``accepted[i]`` of them count, if given.
+        """
         flight = self.flights.pop(0)
+        if accepted is not None:
+            self._refuse(flight, accepted)
         for part, told in zip(flight.parts, ids, strict=True):
             row, before = part.row, part.row.computed
             if not row.live:
@@ -268,6 +283,35 @@ class Model:
                 row.known = row.computed
                 self._publish(row, before)
         self.totals["commits"] += 1
+
+    def _refuse(self, flight: Flight, accepted: list[int]) -> None:
+        gone: list[int] = []
+        for part, count in zip(flight.parts, accepted, strict=True):
+            row, end = part.row, part.start + count
+            self.totals["drafts"] += len(part.new) - count
+            if row.live and count < len(part.new):
+                gone += row.blocks[-(-end // self.size) :][::-1]
+                del row.blocks[-(-end // self.size) :], row.tokens[end:]
+            part.new = part.new[:count]
+        self.release("device", gone, self.fences())
+
+    def pin(self, row: Row, length: int) -> list[int]:
+        self.pins.append(row.blocks[: length // self.size])
+        self._acquired()
+        return self.pins[-1]
+
+    def unpin(self, blocks: list[int]) -> None:
+        self.pins = [pinned for pinned in self.pins if pinned is not blocks]
+        self.release("device", blocks[::-1])
+
+    def clear(self) -> int:
+        cleared = 0
+        for pool in self.pools.values():
+            cleared += len(pool.lru)
+            for block in pool.lru:
+                del pool.names[block]
+            pool.lru.clear()
+        return cleared
 
     def _publish(self, row: Row, before: int) -> None:
         pool, duplicates = self.pools["device"], []

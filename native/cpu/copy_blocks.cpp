@@ -11,6 +11,10 @@ void copy_blocks(const pagemgr_copy_blocks_args &args) {
 #pragma omp parallel for num_threads(args.run.num_threads) if (many)
     for (int64_t pair = 0; pair < args.num_pairs; pair++) {
         const int64_t from = args.pairs[2 * pair], to = args.pairs[2 * pair + 1];
+        if (from < 0 || from >= args.num_blocks || to < 0 || to >= args.num_blocks) {
+            report(args.run, PAGEMGR_BAD_BLOCK);
+            continue;
+        }
         std::memcpy(pool + to * args.block_stride_bytes, pool + from * args.block_stride_bytes, args.block_bytes);
     }
 }

@@ -54,6 +54,10 @@ int32_t check(const pagemgr_run &run) {
 
 int32_t check(const pagemgr_kv &kv) {
     if (!known(kv.dtype)) return refuse(PAGEMGR_UNSUPPORTED, "kv.dtype must be float32, float16 or bfloat16");
+    if (kv.kv_dtype < PAGEMGR_KV_PLAIN || kv.kv_dtype > PAGEMGR_KV_INT8)
+        return refuse(PAGEMGR_UNSUPPORTED, "kv.kv_dtype must be plain, float8_e4m3fn, float8_e5m2 or int8");
+    if (kv.kv_dtype != PAGEMGR_KV_PLAIN && !(kv.key_scale && kv.value_scale))
+        return refuse(PAGEMGR_INVALID, "kv.key_scale and value_scale must be given for a quantised pool");
     if (kv.num_kv_heads < 1 || kv.block_size < 1 || kv.head_dim < 1)
         return refuse(PAGEMGR_INVALID, "kv.num_kv_heads, block_size and head_dim must be at least 1");
     return PAGEMGR_OK;
@@ -76,16 +80,7 @@ using namespace pagemgr;
 
 int32_t pagemgr_abi_version(void) { return PAGEMGR_ABI_VERSION; }
 
-int64_t pagemgr_struct_size(int32_t which) {
-    switch (which) {
-        case PAGEMGR_STRUCT_CAPABILITIES: return sizeof(pagemgr_capabilities);
-        case PAGEMGR_STRUCT_WRITE_KV: return sizeof(pagemgr_write_kv_args);
-        case PAGEMGR_STRUCT_ATTENTION: return sizeof(pagemgr_attention_args);
-        case PAGEMGR_STRUCT_COPY_BLOCKS: return sizeof(pagemgr_copy_blocks_args);
-        case PAGEMGR_STRUCT_MERGE: return sizeof(pagemgr_merge_args);
-        default: return 0;
-    }
-}
+int64_t pagemgr_struct_size(int32_t which) { return struct_size(which); }
 
 const char *pagemgr_message(void) { return message; }
 
@@ -94,6 +89,7 @@ int32_t pagemgr_get_capabilities(pagemgr_capabilities *capabilities) {
     for (int i = 0; kernels.variant[i]; i++) capabilities->variant[i] = kernels.variant[i];
     capabilities->device = PAGEMGR_CPU;
     capabilities->dtypes = 1 << PAGEMGR_FLOAT32 | 1 << PAGEMGR_FLOAT16 | 1 << PAGEMGR_BFLOAT16;
+    capabilities->kv_dtypes = 1 << PAGEMGR_KV_FLOAT8_E4M3FN | 1 << PAGEMGR_KV_FLOAT8_E5M2 | 1 << PAGEMGR_KV_INT8;
     capabilities->features = PAGEMGR_CAUSAL | PAGEMGR_NON_CAUSAL | PAGEMGR_SLIDING_WINDOW | PAGEMGR_SOFTCAP |
                              PAGEMGR_ALIBI | PAGEMGR_SINKS | PAGEMGR_LSE;
     return PAGEMGR_OK;
@@ -108,7 +104,8 @@ int32_t pagemgr_attention_workspace(const pagemgr_attention_args *args, int64_t 
 int32_t pagemgr_write_kv(const pagemgr_write_kv_args *args) {
     if (int32_t status = check(args->run)) return status;
     if (int32_t status = check(args->kv)) return status;
-    write_kv(*args);
+    if (args->kv.kv_dtype == PAGEMGR_KV_PLAIN) write_kv(*args);
+    else kernels.quantise(*args);
     return PAGEMGR_OK;
 }
 

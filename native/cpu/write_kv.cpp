@@ -14,9 +14,9 @@ void write_kv(const pagemgr_write_kv_args &args) {
     const bool many = args.num_tokens * kv.num_kv_heads * row > (1 << 18);
 #pragma omp parallel for num_threads(args.run.num_threads) if (many)
     for (int64_t token = 0; token < args.num_tokens; token++) {
-        const int64_t slot = args.slot_mapping[token];
-        if (slot < 0) continue;
-        const int64_t start = slot / kv.block_size * kv.block_stride + slot % kv.block_size * kv.token_stride;
+        int64_t block, offset;
+        if (!find_slot(args, token, block, offset)) continue;
+        const int64_t start = block * kv.block_stride + offset * kv.token_stride;
         for (int64_t head = 0; head < kv.num_kv_heads; head++) {
             const int64_t to = (start + head * kv.head_stride) * itemsize;
             const int64_t key = token * args.key_token_stride + head * args.key_head_stride;

@@ -16,6 +16,7 @@ int refuse(const pagemgr_attention_args &args) {
     if (kv.dtype != PAGEMGR_FLOAT16 && kv.dtype != PAGEMGR_BFLOAT16) {
         return fail(PAGEMGR_UNSUPPORTED, "dtype %d is neither float16 nor bfloat16", kv.dtype);
     }
+    if (kv.kv_dtype != PAGEMGR_KV_PLAIN) return fail(PAGEMGR_UNSUPPORTED, "a quantised pool");
     if (!contains(HEAD_DIMS, kv.head_dim)) return fail(PAGEMGR_UNSUPPORTED, "head_dim %d", kv.head_dim);
     if (!contains(BLOCK_SIZES, kv.block_size)) return fail(PAGEMGR_UNSUPPORTED, "block_size %d", kv.block_size);
     if (kv.num_kv_heads < 1 || args.num_q_heads < 1 || args.num_q_heads % kv.num_kv_heads) {

@@ -65,16 +65,7 @@ using namespace pagemgr;
 
 int32_t pagemgr_abi_version(void) { return PAGEMGR_ABI_VERSION; }
 
-int64_t pagemgr_struct_size(int32_t which) {
-    switch (which) {
-        case PAGEMGR_STRUCT_CAPABILITIES: return sizeof(pagemgr_capabilities);
-        case PAGEMGR_STRUCT_WRITE_KV: return sizeof(pagemgr_write_kv_args);
-        case PAGEMGR_STRUCT_ATTENTION: return sizeof(pagemgr_attention_args);
-        case PAGEMGR_STRUCT_COPY_BLOCKS: return sizeof(pagemgr_copy_blocks_args);
-        case PAGEMGR_STRUCT_MERGE: return sizeof(pagemgr_merge_args);
-        default: return 0;
-    }
-}
+int64_t pagemgr_struct_size(int32_t which) { return struct_size(which); }
 
 const char *pagemgr_message(void) { return message; }
 

@@ -81,6 +81,7 @@ int32_t pagemgr_write_kv(const pagemgr_write_kv_args *args) {
     if (args->kv.dtype != PAGEMGR_FLOAT16 && args->kv.dtype != PAGEMGR_BFLOAT16) {
         return fail(PAGEMGR_UNSUPPORTED, "dtype %d is neither float16 nor bfloat16", args->kv.dtype);
     }
+    if (args->kv.kv_dtype != PAGEMGR_KV_PLAIN) return fail(PAGEMGR_UNSUPPORTED, "a quantised pool");
     if (args->kv.num_kv_heads < 1 || args->kv.head_dim < 1 || args->kv.block_size < 1 || args->num_tokens < 0) {
         return fail(PAGEMGR_INVALID, "num_kv_heads, head_dim and block_size must be at least 1, num_tokens at least 0");
     }

@@ -37,8 +37,15 @@ int32_t publish(pagemgr_index &m, int32_t block, const uint8_t *name) {
     return m.slots[slot];
 }
 
+// The place of PrefixIndex.heads for what follows a name and begins with a token.
+int64_t head_of(const pagemgr_index &m, const uint8_t *parent, int32_t token) {
+    uint64_t digest;
+    std::memcpy(&digest, parent, sizeof digest);
+    return static_cast<int64_t>(digest ^ static_cast<uint64_t>(token) * 0x9E3779B97F4A7C15u) & m.heads_mask;
+}
+
 bool lives(const pagemgr_manager &m, int64_t row, int64_t generation) {
-    return row >= 0 && row < m.max_sequences && m.live[row] && m.generation[row] == generation;
+    return row >= 0 && row < m.num_rows && m.live[row] && m.generation[row] == generation;
 }
 
 int64_t blocks_for(const pagemgr_manager &m, int64_t tokens) { return (tokens + m.block_size - 1) / m.block_size; }
@@ -102,10 +109,10 @@ void pagemgr_manager_reserve(pagemgr_manager *manager, pagemgr_manager_step *ste
 
 int64_t pagemgr_manager_commit(
     pagemgr_manager *manager, const pagemgr_manager_step *step, const int32_t *ids, int64_t *duplicates,
-    int64_t *num_sealed) {
+    int32_t *sealed, int64_t *num_sealed) {
     pagemgr_manager &m = *manager;
     const int64_t size = m.block_size;
-    int64_t found = 0, sealed = 0;
+    int64_t found = 0, published = 0;
     std::vector<int32_t> tokens(size);
     uint8_t name[kDigestBytes];
     for (int64_t i = 0; i < step->num_seqs; ++i) {
@@ -119,8 +126,9 @@ int64_t pagemgr_manager_commit(
         const int64_t first = m.committed[row] / size;
         m.committed[row] += end - begin;
         int32_t *const blocks = m.blocks + row * m.width;
-        int32_t before = first ? blocks[first - 1] : 0;
-        const uint8_t *parent = first ? m.index.names + int64_t{blocks[first - 1]} * kDigestBytes : m.roots + row * kDigestBytes;
+        const bool held = first > m.dropped[row];
+        int32_t before = held && !m.window[row] ? blocks[first - 1] : 0;
+        const uint8_t *parent = held ? m.index.names + int64_t{blocks[first - 1]} * kDigestBytes : m.roots + row * kDigestBytes;
         for (int64_t column = first; column < m.committed[row] / size; ++column) {
             const int32_t own = blocks[column];
             pagemgr::hash_chain(parent, m.tokens + own * size, 1, m.block_size, name);
@@ -129,16 +137,18 @@ int64_t pagemgr_manager_commit(
                 m.state[own] = kFull;
                 m.published[own] = 1;
                 m.index.parents[own] = before;
-                ++sealed;
+                m.index.heads[head_of(m.index, parent, m.tokens[own * size])] = own;
+                m.index.groups[own] = static_cast<uint8_t>(row / m.max_sequences);
+                sealed[published++] = own;
             } else {
                 int64_t *const entry = duplicates + 4 * found++;
                 entry[0] = row, entry[1] = column, entry[2] = own, entry[3] = kept;
             }
-            before = kept;
+            if (!m.window[row]) before = kept;
             parent = m.index.names + int64_t{kept} * kDigestBytes;
         }
     }
-    *num_sealed = sealed;
+    *num_sealed = published;
     return found;
 }
 
@@ -149,7 +159,7 @@ int64_t pagemgr_manager_free(
     for (int64_t i = 0; i < num_seqs; ++i) {
         const int64_t row = rows[i];
         if (!lives(m, row, generations[i]) || m.tier[row] != 0 || m.last_step[row] != 0) return -1;
-        for (int64_t column = 0; column < m.num_blocks[row]; ++column)
+        for (int64_t column = m.dropped[row]; column < m.num_blocks[row]; ++column)
             if (m.refs[m.blocks[row * m.width + column]] < 1) return -1;
     }
     int64_t num_cached = 0;
@@ -157,7 +167,7 @@ int64_t pagemgr_manager_free(
     for (int64_t i = 0; i < num_seqs; ++i) {
         const int64_t row = rows[i];
         int32_t *const blocks = m.blocks + row * m.width;
-        for (int64_t column = m.num_blocks[row] - 1; column >= 0; --column) {
+        for (int64_t column = m.num_blocks[row] - 1; column >= m.dropped[row]; --column) {
             const int32_t block = blocks[column];
             blocks[column] = 0;
             if (--m.refs[block] > 0) continue;
@@ -171,7 +181,7 @@ int64_t pagemgr_manager_free(
                 ++released[0];
             }
         }
-        m.num_blocks[row] = m.reserved[row] = m.computed[row] = m.committed[row] = 0;
+        m.num_blocks[row] = m.dropped[row] = m.reserved[row] = m.computed[row] = m.committed[row] = 0;
         m.live[row] = 0;
         ++m.generation[row];
     }

@@ -12,7 +12,7 @@ import click
 from pagemgr.dump import Dump, from_document, problems
 from pagemgr.errors import InvalidInput
 from pagemgr.metrics import bytes_by_cause
-from pagemgr.service.summary import health, largest_sequences, shared_prefixes
+from pagemgr.service.summary import health, largest_sequences, num_sequences, shared_prefixes
 
 from .output import print_json, print_table
 
@@ -42,7 +42,7 @@ def command(ctx: click.Context, dump: Path, limit: int, as_json: bool) -> None:
         unit = "bytes" if pool.block_bytes else "slots"
         print_table(f"where the {unit} are", tuple(tiers[0]), [tuple(map(_grouped, tier.values())) for tier in tiers])
         click.echo()
-        _list(f"largest of {len(pool.sequences)} sequences", largest)
+        _list(f"largest of {num_sequences(pool)} sequences", largest)
         _list("shared prefixes", prefixes)
         for problem in found:
             click.echo(f"problem: {problem}", err=True)

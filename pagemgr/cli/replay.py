@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from pagemgr.config import parse_bytes
+from pagemgr.assembly import HOST_CACHES
+from pagemgr.config import Config, ModelConfig, PoolConfig, parse_bytes
 from pagemgr.eviction import names
 from pagemgr.replay import Replay, Sample, replay
 from pagemgr.traces import read_trace
@@ -50,6 +52,21 @@ ROWS = 12
 @click.option(
     "--with-data", is_flag=True, help="Give blocks real contents, move them to the host and back, and compare."
 )
+@click.option(
+    "--windows",
+    default="0",
+    show_default=True,
+    help="Tokens that each layer sees, 0 for all; with --num-layers a shorter list repeats, as in model.windows.",
+)
+@click.option("--num-layers", type=click.IntRange(min=1), default=1, show_default=True, help="Layers of the model.")
+@click.option("--host-blocks", type=click.IntRange(min=0), default=0, show_default=True, help="Usable host blocks.")
+@click.option(
+    "--host-cache",
+    type=click.Choice(HOST_CACHES),
+    default="off",
+    show_default=True,
+    help="Whether evicted blocks go down to the host, and stay there when they come up.",
+)
 @click.option("--token-bytes", default="128KiB", show_default=True, help="K and V of a token: an 8B model's in bf16.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_context
@@ -61,6 +78,10 @@ def command(
     policies: tuple[str, ...],
     picture: Path | None,
     with_data: bool,
+    windows: str,
+    num_layers: int,
+    host_blocks: int,
+    host_cache: str,
     token_bytes: str,
     as_json: bool,
 ) -> None:
@@ -73,9 +94,16 @@ def command(
         if name not in (ALL, *names()):
             raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}", ctx, param_hint="--policy")
     chosen = names() if ALL in policies else list(dict.fromkeys(policies))
+    model = ModelConfig(num_layers=num_layers, num_kv_heads=1, head_dim=1, windows=windows)  # type: ignore[arg-type]
+    groups = Config(model=model, pool=PoolConfig(num_blocks=2)).layer_groups
+    tiers = _Tiers(tuple(group.window for group in groups), host_blocks, host_cache)
+    if with_data and tiers != _Tiers():
+        raise click.BadParameter("compares bytes of one kind of layers and no host cache", ctx, None, "--with-data")
     if len(chosen) == len(blocks) == 1 and picture is None:
-        _replay_one(trace, blocks[0], block_size, chosen[0], with_data, parse_bytes(token_bytes), as_json)
+        _replay_one(trace, blocks[0], block_size, chosen[0], with_data, tiers, parse_bytes(token_bytes), as_json)
         return
+    if tiers != _Tiers():
+        raise click.BadParameter("layers and host tiers are compared one --policy and --blocks at a time", ctx)
     if with_data:
         raise click.BadParameter(
             "compares bytes, not policies: give one --policy and one --blocks", ctx, None, "--with-data"
@@ -99,13 +127,29 @@ def command(
         print_table(title, ("policy", *(f"{size:,}" for size in comparison.blocks)), comparison.rows())
 
 
+@dataclass(frozen=True, slots=True)
+class _Tiers:
+    """What there is besides a device pool for layers of one kind."""
+
+    windows: tuple[int | None, ...] = (None,)
+    host_blocks: int = 0
+    host_cache: str = "off"
+
+
 def _replay_one(
-    trace: str, blocks: int, block_size: int, policy: str, with_data: bool, token_bytes: int, as_json: bool
+    trace: str,
+    blocks: int,
+    block_size: int,
+    policy: str,
+    with_data: bool,
+    tiers: _Tiers,
+    token_bytes: int,
+    as_json: bool,
 ) -> None:
     requests = read_trace(trace)
     progress = track(requests, description="replaying", console=Console(stderr=True), transient=True)
-    result = replay(progress, blocks, block_size, policy, with_data)
-    summary = dict(_summary(result, token_bytes, policy))
+    result = replay(progress, blocks, block_size, policy, with_data, **asdict(tiers))
+    summary = dict(_summary(result, token_bytes // len(tiers.windows), policy))
     if as_json:
         over_time = [
             {"timestamp": s.timestamp, "used": s.used, "cached": s.cached, "free": s.free} for s in result.samples
@@ -128,12 +172,17 @@ def _summary(result: Replay, token_bytes: int, policy: str) -> Iterator[tuple[st
     yield "prompt_tokens", counters.prefix_query_tokens
     yield "hit_tokens", counters.prefix_hit_tokens
     yield "hit_ratio", round(result.stats.hit_ratio, 4)
+    yield "device_hit_tokens", counters.prefix_hit_tokens - counters.prefix_host_hit_tokens
+    yield "host_hit_tokens", counters.prefix_host_hit_tokens
+    yield "partial_block_hit_tokens", counters.prefix_partial_hit_tokens
+    yield "demoted_blocks", counters.demoted_blocks
     yield "policy", policy
     yield "evicted_blocks", device.evicted_total
     yield "mean_used_ratio", round(sum(s.used for s in samples) / max(len(samples) * result.usable_blocks, 1), 4)
     yield "peak_used_ratio", round(max((s.used for s in samples), default=0) / result.usable_blocks, 4)
     yield "waste_ratio", round(result.waste_ratio, 4)
     served = max(len(samples), 1)
+    yield "held_over_uniform_ratio", round(result.held_slots / max(result.uniform_slots, 1), 4)
     yield "paged_bytes_per_request", result.held_slots * token_bytes // served
     yield "contiguous_bytes_per_request", result.longest * token_bytes
     yield "contiguous_over_paged", round(result.contiguous_slots / max(result.held_slots, 1), 2)

@@ -213,7 +213,7 @@ class ToyEngine:
         """Hidden states of the last new token of each sequence, ``[num_seqs, width]``."""
         tokens = torch.tensor([token for _, new in batch for token in new])
         positions = torch.cat([torch.arange(r.computed, r.computed + len(new)) for r, new in batch])
-        return self._fast_model.run(tokens, positions, step.attention)[step.batch.query_start[1:] - 1]
+        return self._fast_model.run(tokens, positions, step.attention)[step.batches[0].query_start[1:] - 1]
 
     def _advance(self, batch: list[tuple[Reply, list[int]]], hidden: torch.Tensor) -> None:
         for (reply, new), state in zip(batch, hidden, strict=True):

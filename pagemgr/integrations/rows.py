@@ -90,7 +90,7 @@ class PaddedRows:
         tokens = forward.pack(query), forward.pack(key), forward.pack(value)
         out = forward.unpack(forward.step.attention(layer, *tokens, params))
         forward.next_layer += 1
-        if forward.next_layer == self.pool.layout.num_layers:
+        if forward.next_layer == self.pool.config.model.num_layers:
             forward.step.commit()
             self._forward, self._starts = None, starts
             self.length += forward.width

@@ -191,8 +191,9 @@ class PagedCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, pool: PagedKVCache) -> None:
         rows, windows = PaddedRows(pool), layer_windows(config)
-        if len(windows) != pool.layout.num_layers:
-            raise InvalidInput(f"the model has {len(windows)} layers, the pool is made for {pool.layout.num_layers}")
+        made_for = pool.config.model.num_layers
+        if len(windows) != made_for:
+            raise InvalidInput(f"the model has {len(windows)} layers, the pool is made for {made_for}")
         super().__init__(layers=[_PagedLayer(rows, layer, window) for layer, window in enumerate(windows)])
         self.pool = pool
         self._rows = rows
@@ -237,7 +238,7 @@ def model_config(config: PreTrainedConfig, dtype: torch.dtype) -> ModelConfig:
 
     Raises ``InvalidInput`` for a model that a ``PagedCache`` cannot serve, or ``ConfigError`` for its dtype.
     """
-    layers = len(layer_windows(config))
+    windows = [window or 0 for window in layer_windows(config)]
     text = config.get_text_config(decoder=True)
     element: Any = str(dtype).removeprefix("torch.")
     try:
@@ -246,7 +247,14 @@ def model_config(config: PreTrainedConfig, dtype: torch.dtype) -> ModelConfig:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
     except AttributeError as error:  # also where the layers of one model differ
         raise InvalidInput(f"{config.model_type} does not have heads of one size and number: {error}") from error
-    return ModelConfig(num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim, num_q_heads=heads, dtype=element)
+    return ModelConfig(
+        num_layers=len(windows),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_q_heads=heads,
+        dtype=element,
+        windows=tuple(windows) if any(windows) else (),
+    )
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:

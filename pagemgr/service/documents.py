@@ -20,7 +20,7 @@ from pagemgr.errors import InvalidInput
 from pagemgr.metrics import bytes_by_cause
 
 from .reader import Reader
-from .summary import block_map, health, largest_sequences, shared_prefixes
+from .summary import block_map, health, largest_sequences, num_sequences, shared_prefixes
 
 Document = dict[str, Any]
 Query = Mapping[str, str]
@@ -84,16 +84,15 @@ def sequences(reader: Reader, query: Query) -> Document:
     """The ``limit`` largest sequences, and as many prefixes that several sequences share."""
     limit, dump = _number(query, "limit", 20, MOST_SEQUENCES), reader.look().dump
     return {
-        "total": len(dump.sequences),
+        "total": num_sequences(dump),
         "largest": largest_sequences(dump, limit),
         "prefixes": shared_prefixes(dump, limit),
     }
 
 
 def events(reader: Reader, _: Query) -> Document:
-    """Runs of events, newest first; ``kept`` is false where the manager keeps no log."""
-    found = reader.events()
-    return {"kept": found is not None, "events": found or []}
+    """Runs of events since somebody began to ask for them, newest first."""
+    return {"events": reader.listener.runs()}
 
 
 def config(reader: Reader, _: Query) -> Document:

@@ -150,9 +150,9 @@ class Bench:
         """Query, pool and batch with shuffled blocks; and keys and values ``[batch, heads, context, dim]``."""
         dtype, width = getattr(torch, self.dtype), -(-shape.context // self.block_size)
         count = shape.batch * width
-        pool = torch.randn(1 + count, *self._layout(shape).shape, generator=self._generator).to(self.device, dtype)
+        parts = torch.randn(1 + count, 2, *self._layout(shape).shape, generator=self._generator)
         table = (1 + torch.randperm(count, generator=self._generator)).view(shape.batch, width).to(self.device)
-        kv = KVLayer(pool[:, 0, 0], pool[:, 0, 1])
+        kv = KVLayer(*parts.to(self.device, dtype).unbind(1))
         tokens = shape.batch * shape.new
         heads = shape.kv_heads * shape.group
         query = torch.randn(tokens, heads, shape.head_dim, generator=self._generator).to(self.device, dtype)

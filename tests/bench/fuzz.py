@@ -11,16 +11,17 @@ is printed when it fails, and ``--seed`` begins with it.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import click
 import torch
 
-from pagemgr.backends import Backend, create
-from pagemgr.backends.cases import Case, build
+from pagemgr.backends import AttentionParams, Backend, KVLayer, create
+from pagemgr.backends.cases import Case, Problem, build
 from pagemgr.backends.conformance import LSE_TOLERANCE, TOLERANCE, checks
+from pagemgr.backends.interface import LARGEST
 from pagemgr.backends.native import NativeBackend
 from pagemgr.backends.reference import TorchBackend
+from pagemgr.batch import PagedBatch
 from pagemgr.layout import BlockLayout
 from pagemgr.native.build import CPU_VARIANTS, DEFAULT_CACHE_DIR, cpu_recipe
 from pagemgr.native.build import build as build_library
@@ -44,9 +45,11 @@ def random_case(generator: torch.Generator) -> Case:
         length = whole(0, longest)
         new = int(pick(1, 1, 1, length, whole(0, length)))
         seqs.append((length, new if length else whole(0, 2)))
+    head_dim = int(pick(64, 128, 8 * whole(1, 34), whole(1, 130)))
     return Case(
         dtype=pick(torch.float32, torch.float16, torch.bfloat16),
-        head_dim=int(pick(64, 128, 8 * whole(1, 34), whole(1, 130))),
+        kv_dtype=None if head_dim % 2 else pick(None, None, *LARGEST),
+        head_dim=head_dim,
         block_size=size,
         group_size=int(pick(1, 2, 4, 8, whole(1, 17))),
         kv_heads=whole(1, 4),
@@ -69,7 +72,7 @@ def compare(backend: Backend, case: Case, generator: torch.Generator) -> None:
     args = (problem.query, problem.kv, problem.batch, problem.params)
     lses = [torch.full(problem.query.shape[:2], torch.nan) if case.with_lse else None for _ in range(2)]
     out = backend.attention(*args, lse=lses[0])
-    exact = replace_dtype(problem, torch.float64) if case.dtype is torch.float32 else args
+    exact = in_float64(problem) if case.dtype is torch.float32 else args
     expected = TorchBackend().attention(*exact, lse=lses[1])
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(out.double(), expected.double(), atol=tolerance, rtol=tolerance)
@@ -78,11 +81,10 @@ def compare(backend: Backend, case: Case, generator: torch.Generator) -> None:
         torch.testing.assert_close(lses[0], lses[1], atol=tolerance, rtol=tolerance)
 
 
-def replace_dtype(problem: object, dtype: torch.dtype) -> tuple:
-    """The arguments of ``attention`` in another dtype."""
-    pool = problem.pool.to(dtype)
-    kv = replace(problem, pool=pool).kv
-    return problem.query.to(dtype), kv, problem.batch, problem.params
+def in_float64(problem: Problem) -> tuple[torch.Tensor, KVLayer, PagedBatch, AttentionParams]:
+    """The arguments of ``attention``, with the same values."""
+    kv = problem.kv if problem.kv.key_scale is not None else KVLayer(problem.kv.key.double(), problem.kv.value.double())
+    return problem.query.double(), kv, problem.batch, problem.params
 
 
 @click.command()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 
+from pagemgr.backends.cases import Case, build
 from pagemgr.backends.conformance import ConformanceSuite, checks
 from pagemgr.backends.cpu import CpuBackend
 from pagemgr.backends.native import FUNCTIONS, NativeBackend
 from pagemgr.errors import InvalidInput
-from pagemgr.native.build import CPU_VARIANTS, build, cpu_recipe
+from pagemgr.native.build import CPU_VARIANTS, cpu_recipe
+from pagemgr.native.build import build as build_library
 
 if reason := CpuBackend.probe():
     pytest.skip(reason, allow_module_level=True)
@@ -28,7 +31,7 @@ class TestCpu(ConformanceSuite):
 def test_every_variant_conforms(best: str, three_threads: None) -> None:
     """A library without the variants after this one, so that it runs this one."""
     names = list(CPU_VARIANTS)
-    backend = NativeBackend.at(build(cpu_recipe(names[: names.index(best) + 1])))()
+    backend = NativeBackend.at(build_library(cpu_recipe(names[: names.index(best) + 1])))()
     if backend.library.variant != best:
         pytest.skip(f"this processor runs {backend.library.variant}, not {best}")
     for check in checks(backend, "cpu", seed=2):
@@ -52,6 +55,33 @@ def test_the_library_shows_the_abi_and_shares_no_symbol_between_variants() -> No
     assert not [name for kind, name in symbols if kind in "WVu"]
     shown = {name for kind, name in symbols if kind == "T"}
     assert shown == {f"pagemgr_{name}" for name in ("abi_version", "struct_size", *FUNCTIONS)}
+
+
+def test_ids_lengths_and_slots_out_of_range_are_errors_and_harm_nothing() -> None:
+    backend = CpuBackend()
+    case = Case(torch.float32, head_dim=64, block_size=16, group_size=2, seqs=((40, 1), (19, 3)))
+    given = build(case, torch.Generator().manual_seed(1), "cpu")
+    kv, batch, count = given.kv, given.batch, len(given.pool)
+    for id_ in (-1, count, 2**31 - 1):
+        table = batch.block_table.clone()
+        table[1, 0] = id_
+        with pytest.raises(InvalidInput, match="attention: a block id is not in the pool"):
+            backend.attention(given.query, kv, replace(batch, block_table=table), given.params)
+    for length in (-3, 41):
+        lens = torch.tensor([length, 19], dtype=torch.int32)
+        with pytest.raises(InvalidInput, match="attention: a length is below 0 or above max_seq_len"):
+            backend.attention(given.query, kv, replace(batch, seq_lens=lens), given.params)
+    before = given.pool.clone()
+    for slot in (-2, count * 16, 2**62):
+        with pytest.raises(InvalidInput, match="write_kv: a slot is neither in the pool nor -1"):
+            backend.write_kv(torch.ones(1, 2, 64), torch.ones(1, 2, 64), kv, torch.tensor([slot]))
+    for pair in ([1, count], [-1, 2]):
+        with pytest.raises(InvalidInput, match="copy_blocks: a block id is not in the pool"):
+            backend.copy_blocks(given.pool, torch.tensor([pair]))
+    assert torch.equal(given.pool, before)
+    torch.testing.assert_close(
+        backend.attention(given.query, kv, batch, given.params).double(), given.expected()[0], atol=5e-5, rtol=5e-5
+    )
 
 
 def test_a_workspace_that_is_too_small_is_refused() -> None:

@@ -152,7 +152,7 @@ def test_blocks_beyond_two_to_the_31_elements() -> None:
     case = Case(torch.bfloat16, head_dim=128, block_size=64, group_size=4, kv_heads=8, seqs=((130, 1), (64, 64)))
     problem = build(case, torch.Generator().manual_seed(3), "cuda")
     shift = len(pool) - len(problem.pool)
-    pool[shift:] = problem.pool[:, 1]
+    pool[shift:] = torch.stack((problem.kv.key, problem.kv.value), 1)
     batch = replace(problem.batch, block_table=problem.batch.block_table + shift)
     out = TritonBackend().attention(problem.query, KVLayer(pool[:, 0], pool[:, 1]), batch, problem.params)
     torch.testing.assert_close(out.cpu().double(), problem.expected()[0], atol=2e-2, rtol=2e-2)

@@ -14,12 +14,17 @@ import pytest
 # Bottom to top: a unit (a module, or a whole folder) imports only from rows below its own.
 LAYERS = (
     ("errors", "logs"),
+    ("events",),
     ("layout", "eviction", "stats", "sources", "ids"),
     ("native",),
+    ("watch",),
     ("plan", "pool", "prefix", "config"),
     ("sequences", "tier"),
-    ("steps", "swapping"),
+    ("admission", "preemption", "pins", "swapping", "verb"),
+    ("second_level",),
+    ("steps",),
     ("checks", "accelerator"),
+    ("assembly",),
     ("manager",),  # everything up to here loads no torch
     ("batch", "dump"),
     ("backends",),
@@ -36,12 +41,12 @@ LAYERS = (
 
 # Narrower than the rows: these load nothing of pagemgr but this. (Types of a row below may be named by anyone.)
 ONLY = {
-    "pool": {"errors", "layout", "eviction"},
+    "pool": {"errors", "layout", "eviction", "watch"},
     "prefix": {"errors", "eviction", "ids"},
     "batch": {"errors", "plan"},
     "native": {"errors"},
     "backends": {"errors", "layout", "batch", "native"},
-    "storage": {"errors", "layout", "plan", "pool", "backends"},
+    "storage": {"errors", "layout", "plan", "pool", "backends", "watch"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pagemgr.backends import AttentionParams, Capabilities, registry
+from pagemgr.backends import AttentionParams, Capabilities, KVLayer, registry
 from pagemgr.backends.cases import attention_cases, base_case, build
 from pagemgr.backends.conformance import ConformanceSuite
 from pagemgr.backends.triton import library
@@ -85,14 +85,14 @@ def test_a_compiled_step_has_no_graph_breaks_and_the_same_results() -> None:
     new = torch.randn(given.batch.num_tokens, 2, 32)
 
     def step(query: torch.Tensor, key: torch.Tensor, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        kv = type(given.kv)(pool[:, 1, 0], pool[:, 1, 1])
+        kv = KVLayer(pool[:, 0], pool[:, 1])
         backend.write_kv(key, key * 2, kv, given.batch.slot_mapping)
         lse = torch.empty(query.shape[:2])
         out = backend.attention(query, kv, given.batch, given.params, lse=lse)
         backend.copy_blocks(pool, torch.tensor([[1, 0]]))
         return backend.merge([out, out + 1], [lse, lse])
 
-    pools = given.pool.clone(), given.pool.clone()
+    pools = [torch.stack((given.kv.key, given.kv.value), 1) for _ in range(2)]
     expected = step(given.query, new, pools[0])
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(given.query, new, pools[1])
     torch.testing.assert_close(compiled, expected, rtol=0, atol=0, equal_nan=True)

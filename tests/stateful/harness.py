@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -12,15 +13,28 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 from model import Flight, Model, Move, Row
 from snapshot import differences, snapshot
 
-from pagemgr.errors import OutOfBlocks, OutOfSequences, PagemgrError, SequenceBusy, SequenceTooLong
+from pagemgr.errors import (
+    OutOfBlocks,
+    OutOfSequences,
+    PagemgrError,
+    PinQuotaExceeded,
+    SequenceBusy,
+    SequenceTooLong,
+)
 from pagemgr.manager import BlockManager
+from pagemgr.pins import Pin
 from pagemgr.plan import Plan, Transfer
 from pagemgr.prefix import Namespace
 from pagemgr.sequences import Sequence
 
 NAMESPACES = (None, None, None, Namespace(tenant="x"), Namespace(adapter="x"))
 STATES = ("null", "free", "open", "full", "cached", "fenced")
-COUNTED = {OutOfBlocks: "out_of_blocks", OutOfSequences: "out_of_sequences", SequenceTooLong: "sequence_too_long"}
+COUNTED = {
+    OutOfBlocks: "out_of_blocks",
+    OutOfSequences: "out_of_sequences",
+    SequenceTooLong: "sequence_too_long",
+    PinQuotaExceeded: "pin_quota_exceeded",
+}
 Refusal = PagemgrError | type[PagemgrError] | None
 
 
@@ -46,6 +60,7 @@ class Harness(RuleBasedStateMachine):
             max_seq_len=self.limit,
             num_host_blocks=host,
             prefix_caching=caching,
+            pin_quota=6,
             compiled=self.compiled,
         )
         self.max_rows = rows
@@ -55,6 +70,7 @@ class Harness(RuleBasedStateMachine):
         self.prompts: dict[Row, list[int]] = {}
         self.plans: dict[Flight, Plan] = {}
         self.transfers: dict[Move, Transfer] = {}
+        self.pins: list[tuple[Pin, list[int], list[Any]]] = []
         self.copied: set[Move] = set()
         self.events: list[Event] = []
         self.stale: list[Sequence] = []
@@ -64,7 +80,9 @@ class Harness(RuleBasedStateMachine):
             self.added(self.manager.add(prompt), prompt, Namespace())
 
     def added(self, handle: Sequence, prompt: list[int], namespace: Namespace) -> Row:
-        row = self.model.add(prompt, namespace)
+        held = self.manager.table.held(handle.row).tolist()
+        inside = handle.num_cached_tokens % self.model.size > 0
+        row = self.model.add(prompt, namespace, held[-1] if inside else None)
         self.handles[row], self.prompts[row] = handle, prompt
         self.past = [*self.past, prompt][-5:]
         assert handle.num_cached_tokens == len(row.tokens)
@@ -172,6 +190,12 @@ class Harness(RuleBasedStateMachine):
                 assert self.device.read(row.tier, blocks, row.computed) == expected, f"row {at} lost what it held"
 
     @invariant()
+    def pinned_bytes_are_right(self) -> None:
+        for _, blocks, expected in self.pins:
+            if not self.device.is_arriving("device", blocks):
+                assert self.device.read("device", blocks, len(expected)) == expected, "a pinned block was written"
+
+    @invariant()
     def lengths_are_right(self) -> None:
         computed = self.manager.lengths(self.named(self.model.rows)).tolist()
         assert computed == [row.computed for row in self.model.rows]
@@ -186,8 +210,12 @@ class Harness(RuleBasedStateMachine):
             totals = self.model.pools[tier.name].totals
             counted = (tier.allocated_total, tier.released_total, tier.evicted_total)
             assert counted == (totals["allocated"], totals["released"], totals["evicted"])
-            assert tier.references == self.model.references(tier.name).total()
+            held = (
+                Counter(block for pinned in self.model.pins for block in pinned) if tier.name == "device" else Counter()
+            )
+            assert tier.references == self.model.references(tier.name).total() - held.total()
             assert tier.waste_slots == self.model.waste(tier.name)
+            assert tier.pinned == sum(self.model.references(tier.name)[block] == count for block, count in held.items())
             assert tier.sequences == sum(row.tier == tier.name for row in self.model.rows)
         assert (stats.sequences, stats.steps_in_flight) == (len(self.model.rows), len(self.model.flights))
 
@@ -197,7 +225,7 @@ class Harness(RuleBasedStateMachine):
         assert (counters.prefix_query_tokens, counters.prefix_hit_tokens) == (totals["query"], totals["hit"])
         assert (counters.steps_committed, counters.steps_aborted) == (totals["commits"], totals["aborts"])
         assert (counters.cow_copies, counters.duplicate_blocks) == (totals["copies"], totals["duplicates"])
-        assert counters.tokens_committed == totals["tokens"]
+        assert (counters.tokens_committed, counters.draft_tokens) == (totals["tokens"], totals["drafts"])
         for direction in ("out", "in"):
             moved = (counters.swapped_blocks[direction], counters.swapped_sequences[direction])
             assert moved == (totals[f"blocks {direction}"], totals[f"sequences {direction}"])

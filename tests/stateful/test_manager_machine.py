@@ -12,8 +12,10 @@ from model import Flight, Part
 from pagemgr.errors import (
     InvalidInput,
     OutOfSequences,
+    PinQuotaExceeded,
     SequenceBusy,
     SequenceTooLong,
+    StalePin,
     StaleSequence,
     StepOrderError,
     WrongTier,
@@ -203,14 +205,23 @@ class Machine(Harness):
     @rule(data=DATA)
     def commit(self, data: st.DataObject) -> None:
         flight = self.model.flights[0]
-        self.end(flight, [data.draw(LIKELY, "told") for _ in flight.parts])
+        accepted = None
+        if not data.draw(LIKELY, "all accepted"):
+            accepted = [data.draw(st.integers(1, len(part.new)), "accepted") for part in flight.parts]
+        self.end(flight, [data.draw(LIKELY, "told") for _ in flight.parts], accepted)
 
-    def end(self, flight: Flight, told: list[bool]) -> None:
-        """Commit; tokens that were not given before are told now, or never."""
+    def end(self, flight: Flight, told: list[bool], accepted: list[int] | None = None) -> None:
+        """Commit; tokens that were not given before are told now, or never. Drafts that are refused are rolled back."""
         late = [part.new if tell and not part.early else None for part, tell in zip(flight.parts, told, strict=True)]
         self.device.run_through(flight.number)
-        self.call(self.manager.commit, self.plans[flight], None if all(new is None for new in late) else late)
-        self.model.commit([part.early or new is not None for part, new in zip(flight.parts, late, strict=True)])
+        short = zip(flight.parts, accepted or [], strict=False)
+        rows = [part.row for part, count in short if count < len(part.new) and part.row.live]
+        refused = SequenceBusy if any(self.model.flying(row)[-1] is not flight for row in rows) else None
+        given = None if all(new is None for new in late) else late
+        self.call(self.manager.commit, self.plans[flight], given, accepted, refused=refused)
+        if not refused:
+            told = [part.early or new is not None for part, new in zip(flight.parts, late, strict=True)]
+            self.model.commit(told, accepted)
 
     @precondition(lambda self: self.model.flights)
     @rule(data=DATA)
@@ -268,6 +279,44 @@ class Machine(Harness):
         move = data.draw(st.sampled_from(self.model.moves), "move")
         self.call(self.manager.cancel, self.transfers[move])
         self.model.cancel(move)
+
+    # Pins ---------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.model.rows)
+    @rule(data=DATA)
+    def pin(self, data: st.DataObject) -> None:
+        row = self.some(data, [row for row in self.ready() if row.known >= self.model.size], 1)[0]
+        length = data.draw(st.integers(0, row.known), "length") + (not data.draw(LIKELY, "fits")) * self.limit
+        wanted, pinned = length // self.model.size, sum(len(blocks) for blocks in self.model.pins)
+        refused: Refusal = PinQuotaExceeded("me", wanted, pinned, 6) if pinned + wanted > 6 else None
+        refused = InvalidInput if length > row.known else refused
+        refused = SequenceBusy if row.moving else refused
+        refused = WrongTier if row.tier == "host" else refused
+        until = data.draw(st.sampled_from([None, 1.0, 2.0]), "until")
+        pin = self.call(self.manager.pin, self.handles[row], "me", length, until, refused=refused)
+        if not refused:
+            assert pin.length == wanted * self.model.size
+            held = contents(row.namespace, row.tokens[: pin.length])
+            self.pins.append((pin, self.model.pin(row, length), held))
+
+    @precondition(lambda self: self.pins)
+    @rule(data=DATA, by_time=st.booleans())
+    def unpin(self, data: st.DataObject, by_time: bool) -> None:
+        ended = [one for one in self.pins if by_time and one[0].until == 1.0]
+        if by_time:
+            assert self.call(self.manager.expire, 1.5) == len(ended)
+        else:
+            ended = [data.draw(st.sampled_from(self.pins), "pin")]
+            self.call(self.manager.unpin, ended[0][0])
+        for one in ended:
+            self.pins.remove(one)
+            self.model.unpin(one[1])
+            self.call(self.manager.unpin, one[0], refused=StalePin(one[0].number, "me"))
+
+    @precondition(lambda self: self.model.count("device", "cached") > 3)
+    @rule()
+    def clear(self) -> None:
+        assert self.call(self.manager.clear) == self.model.clear()
 
     # Refusals -----------------------------------------------------------------------------------------------------
 

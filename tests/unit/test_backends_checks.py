@@ -49,6 +49,11 @@ def test_features_of_parameters() -> None:
     assert every.features(with_lse=True) == set(Feature) - {Feature.causal}
 
 
+def quantised(problem: Problem) -> KVLayer:
+    parts, scale = (problem.kv.key, problem.kv.value), torch.ones(problem.kv.key.shape[:3])
+    return KVLayer(*(part.to(torch.int8) for part in parts), scale, scale)
+
+
 ATTENTION_FAULTS = {
     "query must have 3 dimensions": lambda p: {"query": p.query[0]},
     "query has 5 heads, which is not a multiple of the 2 K/V heads": lambda p: {"query": p.query[:, :5]},
@@ -59,9 +64,22 @@ ATTENTION_FAULTS = {
     "the last dimension of query must be contiguous": lambda p: {
         "query": p.query.transpose(1, 2).contiguous().transpose(1, 2)
     },
-    "kv.key must have 4 dimensions": lambda p: {"kv": KVLayer(p.pool, p.pool)},
+    "kv.key must have 4 dimensions": lambda p: {"kv": KVLayer(p.kv.key[0], p.kv.value[0])},
     "kv.value must have shape": lambda p: {"kv": KVLayer(p.kv.key, p.kv.value[1:])},
     "kv.value must be torch.float32": lambda p: {"kv": KVLayer(p.kv.key, p.kv.value.double())},
+    "kv.key_scale is given, with keys and values stored as torch.float32": lambda p: {
+        "kv": replace(p.kv, key_scale=torch.ones(p.kv.key.shape[:3]))
+    },
+    "kv.value_scale is missing, with keys and values stored as torch.int8": lambda p: {
+        "kv": replace(quantised(p), value_scale=None)
+    },
+    r"kv.key_scale must have shape \[\d+, 2, \d+\], got": lambda p: {
+        "kv": replace(quantised(p), key_scale=torch.ones(p.kv.key.shape[1:3]))
+    },
+    "kv.value_scale must be torch.float32": lambda p: {
+        "kv": replace(quantised(p), value_scale=torch.ones(p.kv.key.shape[:3]).half())
+    },
+    "kv.value must be torch.int8": lambda p: {"kv": replace(quantised(p), value=p.kv.value)},
     "batch.block_table must be torch.int32, got torch.int64": lambda p: {
         "batch": replace(p.batch, block_table=p.batch.block_table.long())
     },
@@ -106,7 +124,7 @@ def test_write_kv_refuses(problem: Problem, message: str) -> None:
     call = {"key": tokens, "value": tokens, "kv": problem.kv, "slot_mapping": torch.tensor([4, 5, 6])}
     with pytest.raises(InvalidInput, match=message):
         BACKEND.write_kv(**(call | WRITE_FAULTS[message](tokens)))
-    assert torch.equal(problem.pool.view(torch.int32), before.view(torch.int32))
+    assert torch.equal(problem.pool, before)
 
 
 @pytest.mark.parametrize("pairs", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int32)])

@@ -10,23 +10,27 @@ import torch
 import pagemgr
 from pagemgr import AttentionParams, OutOfBlocks, PagedKVCache, TransferFailed
 from pagemgr.backends.oracle import dense_attention
+from pagemgr.backends.reference import quantise
 from pagemgr.config import Config, ModelConfig, PoolConfig
+from pagemgr.layout import KVDType
 
 LAYERS, Q_HEADS, KV_HEADS, DIM, BLOCK = 2, 4, 2, 8, 4
 
 
-def make_cache(num_blocks: int = 40, host_blocks: int = 40) -> PagedKVCache:
+def make_cache(num_blocks: int = 40, host_blocks: int = 40, kv_dtype: KVDType = KVDType.auto) -> PagedKVCache:
     """A pool full of NaN: nothing that was not written may reach an output."""
     cache = PagedKVCache(
         Config(
-            model=ModelConfig(num_layers=LAYERS, num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=DIM),
+            model=ModelConfig(
+                num_layers=LAYERS, num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, kv_dtype=kv_dtype
+            ),
             pool=PoolConfig(num_blocks=num_blocks, host_blocks=host_blocks, block_size=BLOCK, max_sequences=16),
             device="cpu",
             backend="torch",
         )
     )
     for tensor in cache.storage.tiers.values():
-        tensor[1:] = float("nan")
+        tensor[1:] = 0xFF  # NaN, whatever the type
     return cache
 
 
@@ -58,8 +62,15 @@ class Engine:
     def expected(self, history: list[int], new: list[int]) -> torch.Tensor:
         tokens = history + new
         q = self.vectors(self.q, LAYERS - 1, new, len(history))
-        k, v = (self.vectors(t, LAYERS - 1, tokens, 0) for t in (self.k, self.v))
+        k, v = (self.held(self.vectors(t, LAYERS - 1, tokens, 0)) for t in (self.k, self.v))
         return dense_attention(q, k, v, AttentionParams())[0].float()
+
+    def held(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the pool makes of keys or values."""
+        if not self.cache.layout.quantised:
+            return rows
+        stored, scales = quantise(rows, getattr(torch, self.cache.layout.stored))
+        return stored.double() * scales.double().unsqueeze(-1)
 
     def extend(self, seqs: list[pagemgr.Sequence], histories: list[list[int]], new: list[list[int]]) -> None:
         """One committed step, compared with dense attention."""
@@ -78,7 +89,9 @@ def engine() -> Engine:
     return Engine(make_cache())
 
 
-def test_prefill_decode_fork_truncate_and_swap_give_dense_attention(engine: Engine) -> None:
+@pytest.mark.parametrize("kv_dtype", list(KVDType))
+def test_prefill_decode_fork_truncate_and_swap_give_dense_attention(kv_dtype: KVDType) -> None:
+    engine = Engine(make_cache(kv_dtype=kv_dtype))
     cache = engine.cache
     prompt = [5, 1, 4, 4, 2, 9, 3, 3, 1, 7]
     seq, history = cache.add(prompt), list[int]()

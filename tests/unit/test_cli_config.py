@@ -41,7 +41,10 @@ def test_every_setting_has_a_flag_with_help() -> None:
         assert f"  {flag(key)} " in shown
         assert field.description
     words = " ".join(shown.split())
-    assert "--model.dtype float32|float16|bfloat16 Element type of K and V. [default: float32]" in words
+    assert (
+        "--model.dtype float32|float16|bfloat16 Element type of queries, keys, values and outputs. [default: float32]"
+        in words
+    )
     assert "--pool.size BYTES Bytes on the device" in words
     assert "--prefix.enabled true|false Match new sequences against cached prefixes. [default: true]" in words
 

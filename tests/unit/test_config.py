@@ -9,7 +9,7 @@ import pytest
 
 from pagemgr.config import INT32_MAX, Config, MetricsConfig, ModelConfig, PoolConfig, load, parse_bytes
 from pagemgr.errors import ConfigError, InvalidInput
-from pagemgr.layout import BlockLayout, DType
+from pagemgr.layout import BlockLayout, DType, KVDType
 
 MODEL = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8}
 BLOCK = 2 * 2 * 2 * 8 * 4 * 16  # bytes of a block of MODEL: layers, roles, heads, dim, float32, tokens
@@ -37,6 +37,7 @@ def test_defaults() -> None:
     made = config()
     assert made.model.num_q_heads == 2
     assert made.model.dtype is DType.float32
+    assert made.model.kv_dtype is KVDType.auto
     assert (made.device, made.backend, made.eviction.policy, made.prefix.enabled) == ("auto", "auto", "lru", True)
     assert (made.metrics.host, made.metrics.port) == ("127.0.0.1", None)
     assert made.layout == BlockLayout(2, 2, 8, 16, DType.float32)
@@ -84,6 +85,14 @@ def test_it_is_frozen() -> None:
         ({"pool": {"num_blocks": 8, "host_blocks": 1}}, "host_blocks = 1 holds nothing"),
         ({"pool": {"num_blocks": 8, "host_size": 100}}, "pool.host_size = 100 is 100 bytes, too little for 2 blocks"),
         ({"model": MODEL | {"num_q_heads": 3}}, "num_q_heads = 3 is no multiple of num_kv_heads = 2"),
+        (
+            {"model": MODEL | {"kv_dtype": "fp8"}},
+            "model.kv_dtype = 'fp8': must be 'auto', 'float8_e4m3fn', 'float8_e5m2' or 'int8'",
+        ),
+        (
+            {"model": MODEL | {"head_dim": 7, "kv_dtype": "int8"}},
+            "head_dim = 7 is odd, which kv_dtype = 'int8' cannot be",
+        ),
         ({"model": MODEL | {"dtype": "fp8"}}, "model.dtype = 'fp8': must be 'float32', 'float16' or 'bfloat16'"),
         ({"model": {"num_layers": 2, "head_dim": 8}}, "model.num_kv_heads: is required"),
         ({"device": "gpu"}, "device = 'gpu': must be auto, cpu, cuda or cuda:N"),
@@ -206,7 +215,8 @@ def test_unknown_keys_name_their_origin(toml: Path) -> None:
     assert str(caught.value).splitlines() == [
         f"pool.sise ({toml}): unknown key, did you mean pool.size?",
         "pool (PAGEMGR_POOL): is a section, set its keys: pool.block_size, pool.num_blocks, pool.size, "
-        "pool.memory_share, pool.max_sequences, pool.max_seq_len, pool.host_blocks, pool.host_size",
+        "pool.memory_share, pool.max_sequences, pool.max_seq_len, pool.host_blocks, pool.host_size, "
+        "pool.host_cache, pool.watermark, pool.rollback",
         "pool.num_bloks (PAGEMGR_POOL__NUM_BLOKS): unknown key, did you mean pool.num_blocks?",
         "modle.head_dim (--modle.head-dim): unknown key, did you mean model.head_dim?",
     ]

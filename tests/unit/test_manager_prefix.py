@@ -17,24 +17,25 @@ pytestmark = KINDS
     [
         ([], 0),
         ([1], 0),
-        ([1, 2], 0),  # exactly one block: a token is left to run
+        ([1, 2], 1),  # exactly one block: a token is left to run
         ([1, 2, 3], 2),
-        ([1, 2, 3, 4], 2),
+        ([1, 2, 3, 4], 3),
         ([1, 2, 3, 4, 5], 4),
         ([1, 2, 3, 4, 5, 6, 7], 4),  # block 3 was not full
         ([1, 2, 9, 4, 5], 2),
+        ([1, 2, 3, 9, 5], 3),  # block 2 begins alike
         ([9, 2, 3, 4, 5], 0),
         ([3, 4, 5], 0),  # a block is named by all that stands before it
     ],
     ids=str,
 )
-def test_whole_blocks_are_matched_and_a_token_is_left(make: Make, prompt: list[int], cached: int) -> None:
+def test_all_that_is_there_is_matched_and_a_token_is_left(make: Make, prompt: list[int], cached: int) -> None:
     manager = make(9, 2)
     filled(manager, [1, 2, 3, 4, 5])
     a = manager.add(prompt)
     assert a.num_cached_tokens == cached
     assert manager.lengths([a]).tolist() == [cached]
-    assert blocks(manager, a) == [1, 2][: cached // 2]
+    assert blocks(manager, a) == [1, 2][: -(-cached // 2)]
 
 
 def test_generated_tokens_are_matched_as_well(make: Make) -> None:

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -19,9 +18,9 @@ from starlette.types import ASGIApp
 import pagemgr
 from pagemgr.errors import ConfigError
 from pagemgr.metrics import METRICS, bytes_by_cause, collector
-from pagemgr.service import Workload, app, reader, serve
+from pagemgr.service import Workload, app, listener, reader, serve
 from pagemgr.service.documents import DOCUMENTS
-from tests.serving import SECRET_TOKEN, TENANT, TOKEN, ask, document, make_cache, use
+from tests.serving import SECRET_TOKEN, TENANT, TOKEN, ask, document, make_cache, run, use
 
 
 @pytest.fixture
@@ -90,29 +89,51 @@ def test_a_crowd_costs_the_pool_one_look(cache: pagemgr.PagedKVCache, monkeypatc
     assert taken == [1]
 
 
-@dataclass(frozen=True)
-class Happening:
-    number: int
-    kind: str
-    tier: str
-    blocks: int
+def test_events_are_told_in_runs_newest_first_and_without_names(cache: pagemgr.PagedKVCache, server: ASGIApp) -> None:
+    assert document(server, "events") == {"events": []}  # what was before is not told
+    for start in (0, 50):
+        sequence = cache.add([SECRET_TOKEN, *range(start, start + 11)])
+        run(cache, sequence, [SECRET_TOKEN, *range(start, start + 11)])
+        cache.free([sequence])
+    cache.clear()
+    runs = document(server, "events")["events"]
+    assert [(one["kind"], one["reason"], one["tier"], one["blocks"]) for one in runs] == [
+        ("removed", "cleared", "device", 9),
+        ("stored", "computed", "device", 6),
+    ]
+    assert (runs[1]["first"], runs[1]["last"], runs[0]["first"]) == (1, 2, 3)
+    assert all(one.keys() == {"first", "last", "kind", "reason", "tier", "target", "blocks"} for one in runs)
 
 
-def test_events_are_told_in_runs_newest_first(cache: pagemgr.PagedKVCache, server: ASGIApp) -> None:
-    assert document(server, "events") == {"kept": False, "events": []}
-    kinds = ["stored"] * 3 + ["removed"] * 2 + ["stored"]
-    log = [Happening(i, kind, "device", i) for i, kind in enumerate(kinds, start=1)]
-    cache.manager.events = log  # type: ignore[attr-defined]
-    assert document(server, "events") == {
-        "kept": True,
-        "events": [
-            {"first": 6, "last": 6, "kind": "stored", "tier": "device", "blocks": 6},
-            {"first": 4, "last": 5, "kind": "removed", "tier": "device", "blocks": 9},
-            {"first": 1, "last": 3, "kind": "stored", "tier": "device", "blocks": 6},
-        ],
-    }
-    log.extend(Happening(i, "stored" if i % 2 else "removed", "device", 1) for i in range(7, 200))
-    assert [run["last"] for run in document(server, "events")["events"]] == list(range(199, 149, -1))
+def test_the_manager_makes_events_only_while_somebody_asks(
+    cache: pagemgr.PagedKVCache, server: ASGIApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "IDLE_SECONDS", 0.1)
+    assert not cache.manager.events.heard
+    document(server, "stats")
+    assert not cache.manager.events.heard
+    document(server, "events")
+    assert cache.manager.events.heard
+    deadline = time.monotonic() + 10
+    while cache.manager.events.heard and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not cache.manager.events.heard
+    document(server, "events")
+    assert cache.manager.events.heard
+
+
+def test_lost_events_are_told(cache: pagemgr.PagedKVCache, server: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MOST_WAITING", 2)
+    document(server, "events")
+    for start in range(0, 30, 10):
+        sequence = cache.add(range(start, start + 6))
+        run(cache, sequence, list(range(start, start + 6)))
+        cache.free([sequence])
+    runs = document(server, "events")["events"]
+    assert [one["reason"] for one in runs] == ["more than 2 events at once, which are not told", "computed"]
+    assert runs[1]["blocks"] == 2
+    cache.clear()
+    assert document(server, "events")["events"][0]["reason"] == "cleared"
 
 
 def test_metrics_are_those_of_the_collector(cache: pagemgr.PagedKVCache, server: ASGIApp) -> None:

@@ -13,6 +13,7 @@ constexpr int64_t kManyRows = 96;        // rows of a unit, where a sequence has
 constexpr int64_t kManyTileRows = 256;   // where matrix tiles multiply them, and packing K and V costs relatively more
 constexpr int64_t kShortestSplit = 256;  // keys
 constexpr int64_t kUnitsPerThread = 4;
+constexpr int64_t kTileFloats = 6 * kTile;  // offsets of two tiles, scales of one
 constexpr int64_t kLeastWork = 1 << 16;  // multiplications that are worth waking a thread
 
 // What depends on the arguments passed by value alone: the shapes of units, and of the workspace.
@@ -23,13 +24,13 @@ struct Shape {
         const int64_t group = group_size(args), longest = larger<int64_t>(1, args.max_query_len);
         threads = args.run.num_threads;
         width = ceil_div(args.kv.head_dim, kStep) * kStep;
-        const int64_t many = kBfloatTiles && args.kv.dtype == PAGEMGR_BFLOAT16 ? kManyTileRows : kManyRows;
+        const int64_t many = kBfloatTiles && args.kv.dtype == PAGEMGR_BFLOAT16 && !args.kv.kv_dtype ? kManyTileRows : kManyRows;
         const bool few = longest * group <= kFewRows;
         tokens_per_unit = few ? longest : smaller(longest, larger<int64_t>(1, many / group));
         rows = few ? longest * group : kRowsTogether * ceil_div(tokens_per_unit * group, kRowsTogether);
         row_floats = 16 * ceil_div(width + 2, 16);  // of a partial result
         const int64_t panels = few ? 0 : 2 * kTile * width;
-        thread_floats = 16 * ceil_div(rows * (2 * width + 2 + kTile) + panels, 16) + 4 * kTile;  // and offsets
+        thread_floats = 16 * ceil_div(rows * (2 * width + 2 + kTile) + panels, 16) + kTileFloats;
     }
 
     // Of the units that share a tile of queries there are at most twice as many as of all units were aimed at.
@@ -44,7 +45,8 @@ struct Cut {
 
 int64_t align(int64_t bytes) { return 64 * ceil_div(bytes, 64); }
 
-template <class T>
+// T is the type of queries and outputs, K that of what the pool holds.
+template <class T, class K>
 class Attention {
 public:
     explicit Attention(const pagemgr_attention_args &args)
@@ -76,10 +78,14 @@ public:
 private:
     // Keys [first, stop) that queries at `position` and after see.
     void visible(int64_t seq, int64_t position, int64_t tokens, int64_t &first, int64_t &stop) const {
-        const int64_t length = args_.seq_lens[seq];
+        const int64_t length = length_of(seq);
         first = args_.window ? larger<int64_t>(0, position - args_.window + 1) : 0;
         stop = args_.causal ? smaller(length, position + tokens) : length;
         stop = larger(first, stop);
+    }
+
+    int64_t length_of(int64_t seq) const {
+        return larger<int64_t>(0, smaller<int64_t>(args_.seq_lens[seq], args_.max_seq_len));
     }
 
     // Fills cuts_; returns multiplications, in all.
@@ -87,6 +93,7 @@ private:
         int64_t total = 0;
         for (int64_t seq = 0; seq < args_.num_seqs; seq++) {
             const int64_t tokens = args_.query_start[seq + 1] - args_.query_start[seq];
+            if (length_of(seq) != args_.seq_lens[seq]) report(args_.run, PAGEMGR_BAD_LENGTH);
             cuts_[seq].tiles = ceil_div(tokens, shape_.tokens_per_unit);
             total += cuts_[seq].tiles * keys_of_a_tile(seq, tokens);
         }
@@ -109,7 +116,7 @@ private:
     int64_t keys_of_a_tile(int64_t seq, int64_t tokens) const {
         int64_t first, stop;
         const int64_t last = smaller(tokens, shape_.tokens_per_unit);
-        visible(seq, args_.seq_lens[seq] - last, last, first, stop);
+        visible(seq, length_of(seq) - last, last, first, stop);
         return stop - first;
     }
 
@@ -130,7 +137,7 @@ private:
         unit.kv_head = local / cut.splits % heads;
         unit.first_token = start + tile * shape_.tokens_per_unit;
         unit.num_tokens = smaller(shape_.tokens_per_unit, start + tokens - unit.first_token);
-        unit.position = args_.seq_lens[seq] - tokens + tile * shape_.tokens_per_unit;
+        unit.position = length_of(seq) - tokens + tile * shape_.tokens_per_unit;
         int64_t first, stop;
         visible(seq, unit.position, unit.num_tokens, first, stop);
         unit.first_key = first + (stop - first) * split / cut.splits;
@@ -140,9 +147,10 @@ private:
 
     Rows rows_in(float *scratch, const Unit &unit) const {
         const int64_t count = unit.num_tokens * group_size(args_), width = shape_.width, most = shape_.rows;
-        float *scores = scratch + 4 * kTile, *query = scores + most * kTile, *value = query + most * width;
+        float *scores = scratch + kTileFloats, *query = scores + most * kTile, *value = query + most * width;
         float *largest = value + most * width;
-        return Rows{count, width, query, largest, largest + most, value, scores};
+        float *scales = kQuantised<K> ? scratch + 4 * kTile : nullptr;
+        return Rows{count, width, query, largest, largest + most, value, scores, scales};
     }
 
     void attend(int64_t i, float *scratch) {
@@ -152,8 +160,9 @@ private:
         auto *offsets = reinterpret_cast<int64_t *>(scratch);
         for (int64_t row = 0; row < rows.count; row++) rows.largest[row] = -kInfinity, rows.sum[row] = 0;
         std::memset(rows.value, 0, rows.count * rows.width * sizeof(float));
-        if (rows.count <= kFewRows) attend_few<T>(args_, unit, rows, offsets);
-        else attend_many<T>(args_, unit, rows, offsets, rows.sum + shape_.rows);
+        load_queries<T>(args_, unit, rows);
+        if (rows.count <= kFewRows) attend_few<K>(args_, unit, rows, offsets);
+        else attend_many<K>(args_, unit, rows, offsets, rows.sum + shape_.rows);
         const Cut &cut = cuts_[unit.seq];
         for (int64_t row = 0; row < rows.count; row++) {
             if (cut.splits == 1) {
@@ -238,14 +247,34 @@ int64_t attention_workspace(const pagemgr_attention_args &args) {
     return align((args.num_seqs + 1) * static_cast<int64_t>(sizeof(Cut))) + align(floats * 4);
 }
 
-void attention(const pagemgr_attention_args &args) {
+template <class K>
+void attend_quantised(const pagemgr_attention_args &args) {
     switch (args.kv.dtype) {
         case PAGEMGR_FLOAT16:
-            return Attention<Half>(args).run();
+            return Attention<Half, K>(args).run();
         case PAGEMGR_BFLOAT16:
-            return Attention<Bfloat>(args).run();
+            return Attention<OrderedBfloat, K>(args).run();
         default:
-            return Attention<float>(args).run();
+            return Attention<float, K>(args).run();
+    }
+}
+
+void attention(const pagemgr_attention_args &args) {
+    switch (args.kv.kv_dtype) {
+        case PAGEMGR_KV_FLOAT8_E4M3FN:
+            return attend_quantised<E4m3>(args);
+        case PAGEMGR_KV_FLOAT8_E5M2:
+            return attend_quantised<E5m2>(args);
+        case PAGEMGR_KV_INT8:
+            return attend_quantised<Int8>(args);
+    }
+    switch (args.kv.dtype) {
+        case PAGEMGR_FLOAT16:
+            return Attention<Half, Half>(args).run();
+        case PAGEMGR_BFLOAT16:
+            return Attention<Bfloat, Bfloat>(args).run();
+        default:
+            return Attention<float, float>(args).run();
     }
 }
 

@@ -98,12 +98,11 @@ void in_runs(int64_t row, int64_t count, Visit visit) {
     if constexpr (R > 1) in_runs<R / 2>(row, count, visit);
 }
 
-template <class T>
+template <class K>
 void attend_few(const pagemgr_attention_args &args, const Unit &unit, Rows &rows, int64_t *offsets) {
     constexpr int kMost = W == 16 ? 8 : 4;
     const int64_t dim = args.kv.head_dim, width = rows.width;
-    const T *keys = static_cast<const T *>(args.kv.key), *values = static_cast<const T *>(args.kv.value);
-    load_queries<T>(args, unit, rows);
+    const K *keys = static_cast<const K *>(args.kv.key), *values = static_cast<const K *>(args.kv.value);
     int count = static_cast<int>(smaller<int64_t>(kTile, unit.stop_key - unit.first_key));
     find_keys(args, unit, unit.first_key, count, offsets);
     for (int64_t first = unit.first_key; first < unit.stop_key; first += kTile) {
@@ -111,6 +110,7 @@ void attend_few(const pagemgr_attention_args &args, const Unit &unit, Rows &rows
         const int next_count = static_cast<int>(smaller<int64_t>(kTile, unit.stop_key - first - count));
         find_keys(args, unit, first + count, next_count, next);
         for (int i = next_count; i < kTile; i++) next[i] = offsets[0];  // nothing left to prefetch
+        find_scales(args, unit, first, count, rows);
         in_runs<kMost>(0, rows.count, [&](int64_t row, auto run) {
             dot_rows<run>(keys, offsets, count, dim, rows.query + row * width, width, rows.scores + row * kTile);
         });

@@ -80,15 +80,15 @@ void pack_values(const T *values, const int64_t *offsets, int count, int64_t dim
             store_step(to + key * width + d, load_step(values + offsets[key] + d, dim - d));
 }
 
-template <class T>
+template <class K>
 void attend_many(const pagemgr_attention_args &args, const Unit &unit, Rows &rows, int64_t *offsets, float *panels) {
     const int64_t dim = args.kv.head_dim, width = rows.width;
-    const T *keys = static_cast<const T *>(args.kv.key), *values = static_cast<const T *>(args.kv.value);
+    const K *keys = static_cast<const K *>(args.kv.key), *values = static_cast<const K *>(args.kv.value);
     float *key_panel = panels, *value_panel = panels + kTile * width;
-    load_queries<T>(args, unit, rows);
     for (int64_t first = unit.first_key; first < unit.stop_key; first += kTile) {
         const int count = static_cast<int>(smaller<int64_t>(kTile, unit.stop_key - first));
         find_keys(args, unit, first, count, offsets);
+        find_scales(args, unit, first, count, rows);
         pack_keys(keys, offsets, count, dim, key_panel);
         pack_values(values, offsets, count, dim, width, value_panel);
         multiply(rows.count, count, width, rows.query, width, key_panel, kTile, rows.scores, kTile, false);

@@ -118,11 +118,9 @@ inline void attend_many<Bfloat>(const pagemgr_attention_args &args, const Unit &
     const auto *keys = static_cast<const Bfloat *>(args.kv.key), *values = static_cast<const Bfloat *>(args.kv.value);
     auto *key_tiles = reinterpret_cast<uint32_t *>(panels), *value_tiles = key_tiles + kTile * width / 2;
     auto *query = reinterpret_cast<char *>(rows.query);
-    for (int64_t row = 0; row < rows.count; row++) {
-        for (int64_t d = 0; d < dim; d += kStep) {
-            const Words pairs = load_pairs(query_row<Bfloat>(args, unit, row) + d, dim - d);
-            std::memcpy(query + row * row_bytes + d * sizeof(Bfloat), &pairs, sizeof pairs);
-        }
+    for (int64_t row = 0; row < rows.count; row++) {  // to Bfloats again, in place
+        for (int64_t d = 0; d < width; d += kStep)
+            store_step(reinterpret_cast<Bfloat *>(query + row * row_bytes) + d, load_step(rows.query + row * width + d));
     }
     const Palette palette;
     _tile_loadconfig(&palette);

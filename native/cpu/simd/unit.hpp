@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "../kernels.hpp"
-#include "vector.hpp"
+#include "quantised.hpp"
 
 namespace pagemgr::PAGEMGR_VARIANT {
 
@@ -33,7 +33,8 @@ struct Rows {
     float *largest;  // [count]
     float *sum;      // [count]
     float *value;    // [count][width]
-    float *scores;   // [count][kTile]: products with keys, then weights
+    float *scores;   // [count][kTile]: products with keys, then weights of values
+    float *scales;   // [2][kTile]: of the tile's keys and values, 0 past them; null if the pool is not quantised
 };
 
 inline int64_t group_size(const pagemgr_attention_args &args) { return args.num_q_heads / args.kv.num_kv_heads; }
@@ -46,7 +47,7 @@ const T *query_row(const pagemgr_attention_args &args, const Unit &unit, int64_t
 }
 
 template <class T>
-void load_queries(const pagemgr_attention_args &args, const Unit &unit, Rows &rows) {
+void load_queries(const pagemgr_attention_args &args, const Unit &unit, const Rows &rows) {
     for (int64_t row = 0; row < rows.count; row++) {
         const T *from = query_row<T>(args, unit, row);
         for (int64_t d = 0; d < args.kv.head_dim; d += kStep)
@@ -54,15 +55,40 @@ void load_queries(const pagemgr_attention_args &args, const Unit &unit, Rows &ro
     }
 }
 
+// The block that holds a position of the unit's sequence.
+inline int64_t block_at(const pagemgr_attention_args &args, const Unit &unit, int64_t index) {
+    const int64_t block = args.block_table[unit.seq * args.table_stride + index];
+    if (__builtin_expect(block >= 0 && block < args.kv.num_blocks, 1)) return block;
+    report(args.run, PAGEMGR_BAD_BLOCK);
+    return 0;
+}
+
 // Elements from the pool's first key (or value) to those of keys [first, first + count).
 inline void find_keys(const pagemgr_attention_args &args, const Unit &unit, int64_t first, int count,
                       int64_t *offsets) {
     const pagemgr_kv &kv = args.kv;
-    const int32_t *table = args.block_table + unit.seq * args.table_stride;
-    int64_t block = first / kv.block_size, slot = first % kv.block_size;
-    for (int i = 0; i < count; block++, slot = 0) {
-        int64_t offset = table[block] * kv.block_stride + unit.kv_head * kv.head_stride + slot * kv.token_stride;
+    int64_t index = first / kv.block_size, slot = first % kv.block_size;
+    for (int i = 0; i < count; index++, slot = 0) {
+        int64_t offset = block_at(args, unit, index) * kv.block_stride + unit.kv_head * kv.head_stride +
+                         slot * kv.token_stride;
         for (; i < count && slot < kv.block_size; i++, slot++, offset += kv.token_stride) offsets[i] = offset;
+    }
+}
+
+// Fills rows.scales for keys [first, first + count).
+inline void find_scales(const pagemgr_attention_args &args, const Unit &unit, int64_t first, int count,
+                        const Rows &rows) {
+    const pagemgr_kv &kv = args.kv;
+    if (!rows.scales) return;
+    std::memset(rows.scales, 0, 2 * kTile * sizeof(float));
+    int64_t index = first / kv.block_size, slot = first % kv.block_size;
+    for (int i = 0; i < count; index++, slot = 0) {
+        const int64_t run = smaller<int64_t>(count - i, kv.block_size - slot);
+        const int64_t at =
+            block_at(args, unit, index) * kv.scale_block_stride + unit.kv_head * kv.scale_head_stride + slot;
+        std::memcpy(rows.scales + i, kv.key_scale + at, run * sizeof(float));
+        std::memcpy(rows.scales + kTile + i, kv.value_scale + at, run * sizeof(float));
+        i += static_cast<int>(run);
     }
 }
 
@@ -84,6 +110,7 @@ inline void softmax_row(const pagemgr_attention_args &args, const Unit &unit, Ro
     Floats tops = fill(-kInfinity);
     for (int i = 0; i < count; i += W) {
         Floats x = load(scores + i) * args.scale;
+        if (rows.scales) x *= load(rows.scales + i);
         if (args.softcap != 0) x = args.softcap * tanh(x / args.softcap);
         if (slope != 0) x += slope * (lane_as_float + static_cast<float>(first + i - position));
         x = (lane + i >= low) & (lane + i < high) ? x : fill(-kInfinity);
@@ -96,7 +123,7 @@ inline void softmax_row(const pagemgr_attention_args &args, const Unit &unit, Ro
     for (int i = 0; i < count; i += W) {
         const Floats weight = exp(load(scores + i) - shift);
         total += weight;
-        store(scores + i, weight);
+        store(scores + i, rows.scales ? weight * load(rows.scales + kTile + i) : weight);
     }
     if (largest > rows.largest[row]) {
         const float scale = ::expf(rows.largest[row] - largest);

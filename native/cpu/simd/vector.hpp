@@ -30,6 +30,7 @@ typedef float Floats __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Words __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(W)));
 
 struct Half {
     uint16_t bits;
@@ -122,6 +123,22 @@ inline Step load_step(const Bfloat *from) {
 inline void store_step(Bfloat *to, Step x) {
     const Words pairs = round_to_bfloat(x.first) >> 16 | (round_to_bfloat(x.second) & 0xffff0000);
     std::memcpy(to, &pairs, sizeof pairs);
+}
+
+// Bfloats in the order of memory, beside elements of a type that has no other.
+struct OrderedBfloat {
+    uint16_t bits;
+};
+inline Step load_step(const OrderedBfloat *from) {
+    Halves bits[2];
+    std::memcpy(bits, from, sizeof bits);
+    return {(Floats)(__builtin_convertvector(bits[0], Words) << 16),
+            (Floats)(__builtin_convertvector(bits[1], Words) << 16)};
+}
+inline void store_step(OrderedBfloat *to, Step x) {
+    const Halves bits[2] = {__builtin_convertvector(round_to_bfloat(x.first) >> 16, Halves),
+                            __builtin_convertvector(round_to_bfloat(x.second) >> 16, Halves)};
+    std::memcpy(to, bits, sizeof bits);
 }
 
 // The first count elements, if that is less than kStep: what follows them may not be ours, and is taken for 0.
