@@ -168,7 +168,11 @@ def test_tests_import_the_package_by_its_one_name(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["pagemgr", "pagemgr.manager", "pagemgr.config", "pagemgr.cli.main", "pagemgr.cli.config"]
+    "module",
+    [
+        *("pagemgr", "pagemgr.manager", "pagemgr.config", "pagemgr.dump", "pagemgr.service"),
+        *(f"pagemgr.cli.{name}" for name in ("main", "config", "inspect", "plan", "top")),
+    ],
 )
 def test_loads_no_torch(module: str, root: Path) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

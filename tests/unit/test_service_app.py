@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -16,11 +17,15 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 import pagemgr
+from pagemgr.config import Config
 from pagemgr.errors import ConfigError
 from pagemgr.metrics import METRICS, bytes_by_cause, collector
 from pagemgr.service import Workload, app, listener, reader, serve
 from pagemgr.service.documents import DOCUMENTS
+from pagemgr.sources import leaves
 from tests.serving import SECRET_TOKEN, TENANT, TOKEN, ask, document, make_cache, run, use
+
+SECRET = re.compile(r"token$|secret|password|salt|credential|_key$")
 
 
 @pytest.fixture
@@ -234,6 +239,13 @@ def test_the_token_is_in_no_answer(cache: pagemgr.PagedKVCache, server: ASGIApp)
     assert document(server, "config")["service"]["token"] == "**********"
     assert TOKEN not in everything(server)
     assert TOKEN not in repr(cache.config)
+
+
+def test_every_secret_of_the_settings_is_masked() -> None:
+    named = {key: field for key, field in leaves(Config) if SECRET.search(key)}
+    assert named.keys() >= {"service.token", "prefix.secret"}
+    for key, field in named.items():
+        assert "SecretStr" in repr(field.annotation), f"{key} would be told by /api/v1/config"
 
 
 @pytest.mark.parametrize("token", ["2short", "with a space in it ok", "ümläuts-are-not-ascii"])
