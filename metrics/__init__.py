@@ -4,8 +4,9 @@ server = pagemgr.metrics.serve(cache)                    # /metrics where cache.
 registry.register(pagemgr.metrics.collector(cache))      # or in a registry that the engine serves already
 """
 
-from .collector import Pool, PoolCollector, bytes_by_cause, collector
-from .names import METRICS
+from .collector import PoolCollector, collector
+from .metric import Metric, Pool
+from .names import METRICS, bytes_by_cause
 from .server import Server, serve
 
-__all__ = ["METRICS", "Pool", "PoolCollector", "Server", "bytes_by_cause", "collector", "serve"]
+__all__ = ["METRICS", "Metric", "Pool", "PoolCollector", "Server", "bytes_by_cause", "collector", "serve"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 
 from pagemgr.errors import ConfigError
 
@@ -25,8 +26,20 @@ class Server:
             reason = error.strerror or error
             hint = "set metrics.host and metrics.port to an address of this machine that is free; port 0 takes one"
             raise ConfigError(f"/metrics cannot listen on {host}:{port}: {reason}; {hint}") from error
+        self._registry = registry
         self.host = host
         self.port = self._server.server_port
+
+    def speak_plainly(self) -> None:
+        """Answer in the older text format whatever is asked for: it has no exemplars, but keeps colons in names."""
+        app = make_wsgi_app(self._registry)
+
+        def plain(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            environ.pop("HTTP_ACCEPT", None)
+            answer: Iterable[bytes] = app(environ, start_response)
+            return answer
+
+        self._server.set_app(plain)
 
     @property
     def url(self) -> str:
@@ -63,7 +76,10 @@ def serve(cache: PagedKVCache, *others: PagedKVCache, registry: CollectorRegistr
     pools = collector(cache, *others)
     served.register(pools)
     try:
-        return Server(served, settings.host, settings.port)
+        server = Server(served, settings.host, settings.port)
     except ConfigError:
         served.unregister(pools)
         raise
+    if any(one.config.metrics.vllm_names for one in (cache, *others)):
+        server.speak_plainly()  # prometheus_client up to 0.26 writes vllm_ for vllm: in OpenMetrics
+    return server

@@ -56,7 +56,8 @@ typedef struct {
     int64_t step;
     /* Found by pagemgr_manager_measure: */
     int64_t num_tokens;
-    int64_t num_new_blocks;
+    int64_t num_new_blocks;      /* num_copies included */
+    int64_t num_copies;
     int64_t table_width;
     /* Written by pagemgr_manager_reserve: */
     int64_t *starts;             /* [num_seqs] */
@@ -64,12 +65,15 @@ typedef struct {
     int32_t *block_table;        /* [num_seqs, table_width] */
     int32_t *query_start;        /* [num_seqs + 1] */
     int64_t *slot_mapping;       /* [num_tokens] */
+    int64_t *copied;             /* [num_copies], as the next two: positions in the batch whose tail is published, */
+    int32_t *fresh;              /* the block that replaces it, */
+    int32_t *tails;              /* and the tail, whose reference the caller gives back */
 } pagemgr_manager_step;
 
 int32_t pagemgr_manager_version(void);
 
-/* 1 if pagemgr_manager_reserve can do the step: every sequence lives on the device, stays within its row, and owns its
- * tail alone. 0 if the specification has to look at it. Sequences are named once. */
+/* 1 if pagemgr_manager_reserve can do the step: every sequence lives on the device, stays within its row, and has a tail
+ * that it owns alone or that is published, which is copied. 0 if the specification has to look at it. Sequences are named once. */
 int32_t pagemgr_manager_measure(const pagemgr_manager *manager, pagemgr_manager_step *step);
 
 /* Gives the step the topmost num_new_blocks of num_free blanks, and fills what the step writes. */

@@ -1,8 +1,8 @@
 """The hot loops of the manager in C++, where there is a compiler: ``native/pagemgr_manager.h`` through cffi.
 
 ``steps.py`` and ``prefix.py`` are the specification. What is here does the same on the same arrays, or declines, and
-then the specification does it. A step is taken if every sequence owns its tail alone and blanks suffice: no
-copy-on-write, no eviction, no error to raise.
+then the specification does it. A step is taken if every sequence has a tail of its own, or a published
+one to copy, and blanks suffice: no shared tail, no eviction, no error to raise.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .errors import BackendUnavailable
 from .eviction import Blocks
 from .ids import TokenArray
 from .native.build import SOURCES, build, recipe
-from .plan import Ints, Plan
-from .pool import Fence
+from .plan import Copies, Ints, Plan
+from .pool import Fence, tally
 from .prefix import DIGEST_BYTES, PrefixIndex
 from .sequences import Batch, SequenceTable
 from .steps import share_duplicates
@@ -141,8 +141,10 @@ class Accelerator:
         self._manager.block_size = device.index.block_size
         self._steps: dict[int, tuple[Any, list[Any]]] = {}
 
-    def reserve(self, step: int, rows: Ints, generations: Ints, counts: Ints, tokens: TokenArray) -> Plan | None:
-        """Plan and apply a step at once; None if the specification has to."""
+    def reserve(
+        self, step: int, rows: Ints, generations: Ints, counts: Ints, tokens: TokenArray, fence: Callable[[], Fence]
+    ) -> Plan | None:
+        """Plan and apply a step at once; None if the specification has to. ``fence`` passes when the step has ended."""
         pool, buffer = self._device.pool, self._ffi.from_buffer
         native = self._ffi.new("pagemgr_manager_step *")
         keep = [buffer("int64_t[]", rows), buffer("int64_t[]", generations), buffer("int64_t[]", counts)]
@@ -163,9 +165,18 @@ class Accelerator:
             buffer("int32_t[]", query_start),
             buffer("int64_t[]", slots),
         ]
+        replaced, copies = _NOTHING_REPLACED, native.num_copies
+        if copies:
+            replaced = np.empty(copies, np.int64), np.empty(copies, np.int32), np.empty(copies, np.int32)
+            native.copied, native.fresh, native.tails = held = [
+                buffer(kind, array) for kind, array in zip(_REPLACED, replaced, strict=True)
+            ]
+            written += held
         self._lib.pagemgr_manager_reserve(self._manager, native, free)
         self._device.note(pool.stack[free - new : free][::-1])
         pool.count_taken(new)
+        if copies:
+            pool.release(*tally(replaced[2]), (fence(),))
         self._steps[step] = native, keep + written
         return Plan(
             step=step,
@@ -179,8 +190,8 @@ class Accelerator:
             block_table=block_table,
             query_start=query_start,
             slot_mapping=slots,
-            copies=(),
-            replaced=_NOTHING_REPLACED,
+            copies=_copy_on_write(self._device.name, replaced) if copies else (),
+            replaced=replaced,
             demotion=None,
         )
 
@@ -240,3 +251,9 @@ class Accelerator:
 _NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 _NO_BLOCKS: Blocks = np.zeros(0, dtype=np.int32)
 _NOTHING_REPLACED = (_NO_ROWS, _NO_BLOCKS, _NO_BLOCKS)
+_REPLACED = ("int64_t[]", "int32_t[]", "int32_t[]")
+
+
+def _copy_on_write(tier: str, replaced: tuple[Ints, Blocks, Blocks]) -> tuple[Copies]:
+    _, fresh, tails = replaced
+    return (Copies(tier, tier, np.stack([tails, fresh], axis=1)),)

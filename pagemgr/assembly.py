@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 
 import numpy as np
 
@@ -76,16 +77,9 @@ class Assembly:
             raise InvalidInput(f"debug must be from 0 to {HISTORY}, got {debug}")
         library = accelerator.load(cache_dir) if compiled and debug < HISTORY else None
         self.events = EventLog()
+        make_index = partial(accelerator.NativeIndex, library=library) if library else PrefixIndex
         self.tiers = tuple(
-            Tier(
-                name,
-                size,
-                eviction,
-                accelerator.NativeIndex(size, block_size, library) if library else PrefixIndex(size, block_size),
-                self.events,
-                debug,
-            )
-            for name, size in sizes.items()
+            Tier(name, size, eviction, make_index(size, block_size), self.events, debug) for name, size in sizes.items()
         )
         cached = host_cache != "off"
         self.second = SecondLevel(self.tiers[DEVICE], self.tiers[HOST], host_cache == "exclusive") if cached else None
@@ -107,7 +101,8 @@ class Assembly:
         """One consistent snapshot."""
         with self._verb:
             transfers = [moving for moving in self._moving if isinstance(moving, Transfer)]
-            return checks.snapshot(self.tiers, self.table, transfers, self.pins, self.counters, len(self._in_flight))
+            held, in_flight = self._held(), len(self._in_flight)
+            return checks.snapshot(self.tiers, self.table, transfers, held, self.pins, self.counters, in_flight)
 
     def subscribe(self, limit: int = 100_000) -> Subscription:
         """Listen to what can be found where, from now on; ``limit`` events may wait to be read."""

@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,6 +17,7 @@ import torch
 from .backends import registry
 from .backends.interface import AttentionParams, KVLayer
 from .batch import BatchBuffers, PagedBatch
+from .capture import beside_captures
 from .config import Config
 from .errors import InvalidInput, StepOrderError, TransferFailed
 from .ids import BatchTokens, LateTokens, Tokens
@@ -23,9 +26,11 @@ from .pins import Pin
 from .plan import Plan, Transfer
 from .pool import Fence
 from .prefix import Namespace
+from .recording import RecordingManager
 from .sequences import Batch, Sequence
 from .stats import Stats
 from .storage import Storage
+from .timings import ONE_IN, Mark, Timings
 
 if TYPE_CHECKING:
     from .service import Server
@@ -37,12 +42,22 @@ _DEFAULT_PARAMS = AttentionParams()
 class Step:
     """One forward pass over a batch. Leaving its ``with`` block without ``commit`` aborts it: nothing has changed."""
 
-    def __init__(self, cache: PagedKVCache, plan: Plan, batches: tuple[PagedBatch, ...], buffers: BatchBuffers) -> None:
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        plan: Plan,
+        batches: tuple[PagedBatch, ...],
+        buffers: BatchBuffers,
+        start: Mark | None,
+    ) -> None:
         self.plan = plan
         self.batches = batches
         """By layer group: the same sequences, in blocks of their own."""
         self._cache = cache
         self._buffers: BatchBuffers | None = buffers
+        self._start = start
+        self._kind = "decode" if batches[0].max_query_len == 1 else "prefill"
+        self._timed_layer = -1 if start is None else plan.step // ONE_IN["step"] % cache.config.model.num_layers
 
     def attention(
         self,
@@ -80,14 +95,19 @@ class Step:
         ):
             shape = f"[{tokens}, multiple of {layout.num_kv_heads}, {layout.head_dim}]"
             raise InvalidInput(f"query must be {shape}, got {list(query.shape)}")
-        backend, batch = self._cache.backend, self.batches[number]
+        backend, batch, timings = self._cache.backend, self.batches[number], self._cache.timings
+        mark = timings.now() if layer == self._timed_layer else None
         backend.write_kv(key, value, kv, batch.slot_mapping)
-        return backend.attention(query, kv, batch, params, out, lse)
+        mark = timings.lap("kernel", "write_kv", mark, layer=layer)
+        result = backend.attention(query, kv, batch, params, out, lse)
+        timings.lap("kernel", self._kind, mark, layer=layer)
+        return result
 
     def commit(self, tokens: LateTokens = None, accepted: SequenceOf[int] | None = None) -> None:
         """Every layer has run. ``tokens`` and ``accepted`` as in ``BlockManager.commit``."""
         self._require_open()
         self._cache.manager.commit(self.plan, tokens, accepted)
+        self._cache.timings.lap("step", self._kind, self._start, step=self.plan.step)
         self._end()
 
     def abort(self) -> None:
@@ -132,7 +152,9 @@ class PagedKVCache:
             config.backend, self.layout, group_size, self.device, cache_dir=config.native.cache_dir
         )
         num_blocks = config.resolve_num_blocks(_free_bytes(self.device))
-        self.manager = BlockManager(
+        record = config.debug.record
+        make = BlockManager if record is None else partial(RecordingManager, record)
+        self.manager = make(
             num_blocks,
             self.layout.block_size,
             max_sequences=config.pool.max_sequences,
@@ -152,7 +174,8 @@ class PagedKVCache:
         )
         sizes = {tier.name: tier.pool.num_blocks for tier in self.manager.tiers}
         watches = {tier.name: tier.pool.watch for tier in self.manager.tiers if tier.pool.watch is not None}
-        self.storage = Storage(self.layout, sizes, self.device, self.backend, watches)
+        self.timings = Timings(self.device, config.metrics.timings)
+        self.storage = Storage(self.layout, sizes, self.device, self.backend, self.timings, watches)
         self._places = {
             layer: (number, self.storage.layers[place])
             for number, group in enumerate(self.groups)
@@ -210,11 +233,12 @@ class PagedKVCache:
     def step(self, sequences: SequenceOf[Sequence] | Batch, tokens: BatchTokens) -> Step:
         """Reserve slots for the new tokens of a batch, for all of it or none; see ``BlockManager.reserve``."""
         self.storage.audit()
+        start = self.timings.start("step")
         plan = self.manager.reserve(sequences, tokens)
         try:
             self.storage.execute(plan.copies)
             buffers = self._idle_buffers.pop() if self._idle_buffers else self._make_buffers()
-            return Step(self, plan, buffers.fill(plan), buffers)
+            return Step(self, plan, buffers.fill(plan), buffers, start)
         except BaseException:
             self.manager.abort(plan)
             raise
@@ -244,8 +268,9 @@ class PagedKVCache:
         return int(self.manager.lengths([sequence])[0])
 
     def stats(self) -> Stats:
-        """One consistent snapshot."""
-        return self.manager.stats()
+        """One consistent snapshot, and how long things took. May be called from any thread at any time."""
+        with beside_captures(self.device):
+            return replace(self.manager.stats(), timings=self.timings.snapshot())
 
     def serve(self, port: int | None = None) -> Server:
         """The page, the JSON API and the metrics of this cache, from a thread; see ``pagemgr.service.serve``."""
@@ -259,7 +284,7 @@ class PagedKVCache:
 
     def _transfer(self, transfer: Transfer) -> None:
         try:
-            fence = self.storage.execute(transfer.copies)
+            fence = self.storage.execute(transfer.copies, "in" if transfer.target == "device" else "out")
         except Exception as error:
             self.manager.cancel(transfer)
             raise TransferFailed(transfer.source, transfer.target, transfer.num_copied) from error

@@ -30,13 +30,14 @@ def snapshot(
     tiers: tuple[Tier, ...],
     table: SequenceTable,
     moving: list[Transfer],
+    held: Held,
     pins: Pins,
     counters: Counters,
     in_flight: int,
 ) -> Stats:
     """Everything that ``Stats`` holds, in time that grows with the sequences and not with the pool."""
     return Stats(
-        tiers=tuple(_tier_stats(i, tier, table, moving, pins) for i, tier in enumerate(tiers)),
+        tiers=tuple(_tier_stats(i, tier, table, moving, held[tier.name], pins) for i, tier in enumerate(tiers)),
         counters=deepcopy(counters),
         sequences=table.num_live,
         max_sequences=table.max_sequences,
@@ -45,17 +46,19 @@ def snapshot(
     )
 
 
-def _tier_stats(number: int, tier: Tier, table: SequenceTable, moving: list[Transfer], pins: Pins) -> TierStats:
+def _tier_stats(
+    number: int, tier: Tier, table: SequenceTable, moving: list[Transfer], held: Blocks, pins: Pins
+) -> TierStats:
     pool = tier.pool
     rows = np.flatnonzero(table.live & (table.tier == number))
-    arriving = sum(len(owned) for transfer in moving if transfer.target == tier.name for owned in transfer.moved)
-    pinned, times = np.unique(pins.blocks() if number == 0 else _NO_BLOCKS, return_counts=True)
+    pinning = pins.blocks() if number == 0 else _NO_BLOCKS
+    pinned, times = np.unique(pinning, return_counts=True)
     return TierStats(
         name=tier.name,
         num_blocks=pool.num_blocks,
         block_size=tier.index.block_size,
         **{state.name: pool.counts[state] for state in BlockState},
-        references=int((table.num_blocks[rows] - table.dropped[rows]).sum()) + arriving,
+        references=int((table.num_blocks[rows] - table.dropped[rows]).sum()) + len(held) - len(pinning),
         pinned=int(np.count_nonzero(pool.refs[pinned] == times)),
         waste_slots=_waste(rows, tier, table, moving),
         allocated_total=pool.num_allocated,

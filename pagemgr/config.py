@@ -237,6 +237,10 @@ class MetricsConfig(_Section):
     """Port that /metrics listens on; 0 takes a free one. Nothing listens unless given."""
     pool: Name = "default"
     """Value of the label "pool", to tell the pools of one process apart."""
+    timings: bool = True
+    """Measure how long swaps, some of the steps and one layer of each of these take."""
+    vllm_names: bool = False
+    """Report under vLLM's names as well what means the same, so that dashboards and routers made for it work."""
 
 
 class ServiceConfig(_Section):
@@ -259,11 +263,13 @@ class NativeConfig(_Section):
 
 
 class DebugConfig(_Section):
-    """How closely the pool is watched."""
+    """What helps to find out what went wrong."""
 
     level: Annotated[Whole, Field(le=3)] = 1
-    """0 counts only; 1 checks in constant time; 2 poisons freed blocks and sees that nobody writes to them; 3 reuses
-    blocks as late as can be and tells what happened to them."""
+    """How closely the pool is watched: 0 counts only; 1 checks in constant time; 2 poisons freed blocks and sees that
+    nobody writes to them; 3 reuses blocks as late as can be and tells what happened to them."""
+    record: Name | None = None
+    """New file that every call of the manager is written to, for "pagemgr replay". It will hold all token ids."""
 
 
 class Config(_Section):

@@ -12,6 +12,7 @@ seeds: the same calls give the same block ids on every rank (a fence must answer
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 
 import numpy as np
 
@@ -169,7 +170,8 @@ class BlockManager(Assembly):
             plan = None
             if self._accelerator is not None:
                 rows = self.table.groups_of(batch.rows)
-                plan = self._accelerator.reserve(step, rows, generations, counts, ids)
+                fence = partial(StepFence, step, self._in_flight)
+                plan = self._accelerator.reserve(step, rows, generations, counts, ids, fence)
             if plan is None:
                 plan = self._reserve(step, batch, generations, counts, ids)
             self._next_step = step + 1

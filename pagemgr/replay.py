@@ -47,6 +47,7 @@ class Replay:
     """Requests larger than the whole pool."""
     block_size: int
     usable_blocks: int
+    num_groups: int
     longest: int
     """Tokens that the trace's longest request runs: what a contiguous allocation has to keep for every request."""
     held_slots: int
@@ -69,7 +70,7 @@ class Replay:
     @property
     def contiguous_slots(self) -> int:
         """Slots that one allocation of the longest length for each request would have held, summed over requests."""
-        return (self.requests - self.skipped) * self.longest
+        return (self.requests - self.skipped) * self.longest * self.num_groups
 
 
 class _Contents:
@@ -164,6 +165,7 @@ def replay(
         skipped=skipped,
         block_size=block_size,
         usable_blocks=usable_blocks,
+        num_groups=len(windows),
         longest=longest,
         held_slots=held_slots,
         held_tokens=held_tokens,

@@ -134,19 +134,19 @@ class SequenceTable:
 
     def clone(self, row: int, n: int) -> list[int]:
         """``n`` new sequences with the same content, by their rows in group 0. The caller adds the references."""
+        first = [self._free.pop() for _ in range(n)]
         parents = self.groups_of(np.array([row], dtype=np.int64))
-        children = np.stack([self.create(self.roots[row].tobytes()) for _ in range(n)])
+        children = self.groups_of(np.array(first, dtype=np.int64)).reshape(len(parents), n)
         used = self.num_blocks[row]
-        self.blocks[children, :used] = self.blocks[parents, :used]
-        for column in (
-            self.num_blocks, self.dropped, self.reserved, self.computed, self.committed, self.tier, self.roots
-        ):  # fmt: skip
-            column[children] = column[parents]
+        self.blocks[children, :used] = self.blocks[parents, None, :used]
+        self.live[children] = True
+        for column in (self.num_blocks, self.dropped, self.reserved, self.computed, self.committed, self.tier):
+            column[children] = column[parents, None]
+        self.roots[children] = self.roots[parents, None]
         if self.prompts:
-            for child, parent in zip(children.reshape(-1).tolist(), parents.tolist() * n, strict=True):
+            for parent, copies in zip(parents.tolist(), children.tolist(), strict=True):
                 if parent in self.prompts:
-                    self.prompts[child] = self.prompts[parent]
-        first: list[int] = children[:, 0].tolist()
+                    self.prompts.update(dict.fromkeys(copies, self.prompts[parent]))
         return first
 
     def destroy(self, rows: Ints) -> None:

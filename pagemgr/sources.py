@@ -12,9 +12,9 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from .errors import ConfigError
@@ -89,11 +89,9 @@ def refuse_unknown(tree: type[BaseModel], source: Source) -> None:
 
 def explain(tree: type[BaseModel], error: ValidationError, origins: Mapping[str, str] | None = None) -> str:
     """One line per problem: dotted key, value, origin if known, and what is allowed."""
-    lines = []
-    secret = {key for key, field in leaves(tree) if "SecretStr" in repr(field.annotation)}
+    lines, secrets = [], {key for key, field in leaves(tree) if _is_secret(field.annotation)}
     for problem in error.errors(include_url=False):
         key, message = ".".join(map(str, problem["loc"])), problem["msg"]
-        shown = "***" if key in secret else repr(problem["input"])
         where = f" ({origins[key]})" if origins and key in origins else ""
         match problem["type"]:
             case "missing":
@@ -106,8 +104,13 @@ def explain(tree: type[BaseModel], error: ValidationError, origins: Mapping[str,
                 lines.append(": ".join(filter(None, (key, message.removeprefix("Value error, ")))))
             case _:
                 message = re.sub(r"^(Value error, must|(Input|String) should)", "must", message)
+                shown = "(secret)" if key in secrets else repr(problem["input"])
                 lines.append(f"{key} = {shown}{where}: {message}")
     return "\n".join(lines)
+
+
+def _is_secret(annotation: object) -> bool:
+    return annotation is SecretStr or any(map(_is_secret, get_args(annotation)))
 
 
 def _sections(tree: type[BaseModel]) -> set[str]:

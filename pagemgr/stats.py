@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+BUCKETS = (*(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5)), 10.0)
+"""Upper bounds of what a ``Histogram`` counts together, in seconds: 1, 2 and 5 of each power of ten, 1 µs to 10 s."""
+
+
+Exemplar = tuple[dict[str, object], float, float]
+"""One of the durations that a histogram counted: which it was, its seconds, and when, in seconds since the epoch."""
 
 
 @dataclass(slots=True)
@@ -51,6 +60,29 @@ class Counters:
     """Must stay 0."""
 
 
+@dataclass(slots=True)
+class Histogram:
+    """How often something took how long."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    """Durations up to each of ``BUCKETS`` and above the one before; the last are those above all."""
+    sum: float = 0.0
+    """Seconds altogether."""
+    exemplars: list[Exemplar | None] = field(default_factory=lambda: [None] * (len(BUCKETS) + 1))
+    """The latest duration of each bucket."""
+
+    def add(self, seconds: float, labels: dict[str, object], now: float) -> None:
+        """Count one duration that ended ``now``, in seconds since the epoch."""
+        bucket = bisect_left(BUCKETS, seconds)
+        self.counts[bucket] += 1
+        self.sum += seconds
+        self.exemplars[bucket] = (labels, seconds, now)
+
+    def copy(self) -> Histogram:
+        """As it is now."""
+        return Histogram(list(self.counts), self.sum, list(self.exemplars))
+
+
 @dataclass(frozen=True, slots=True)
 class TierStats:
     """Blocks of one tier by state (they sum to ``num_blocks``), and slots by what they hold."""
@@ -65,7 +97,7 @@ class TierStats:
     cached: int
     fenced: int
     references: int
-    """Table entries; more than ``open + full`` by what sharing saves."""
+    """Table entries and moves under way; more than ``used`` by what sharing saves."""
     pinned: int
     """Full blocks that nobody but pins holds."""
     waste_slots: int
@@ -102,6 +134,8 @@ class Stats:
     steps_in_flight: int
     digest: str
     """Equal on ranks whose managers were called alike and decided alike."""
+    timings: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
+    """What was timed, by operation and kind: see ``pagemgr.timings``. Empty for a manager without a cache."""
 
     @property
     def device(self) -> TierStats:

@@ -13,6 +13,7 @@ from .errors import InternalError
 from .layout import NULL_BLOCK, BlockLayout
 from .plan import Copies
 from .pool import Fence
+from .timings import Timings, current_trace
 from .watch import Watch
 
 _POISON = 0xFF
@@ -32,12 +33,14 @@ class Storage:
         num_blocks: Mapping[str, int],
         device: torch.device,
         backend: Backend,
+        timings: Timings | None = None,
         watches: Mapping[str, Watch] = MappingProxyType({}),
     ) -> None:
         self.layout = layout
         self._watches = watches
         self.device = device
         self._backend = backend
+        self._timings = Timings(device) if timings is None else timings
         self.tiers: dict[str, torch.Tensor] = {}
         for name, blocks in num_blocks.items():
             shape, on_host = (blocks, layout.num_layers, layout.layer_bytes), name != "device"
@@ -52,20 +55,29 @@ class Storage:
         self.layers = tuple(KVLayer.of(layer, stored, layout.shape) for layer in self.tiers["device"].unbind(1))
         """Views of the device tier, one for each layer."""
 
-    def execute(self, copies: Sequence[Copies]) -> Fence | None:
+    def execute(self, copies: Sequence[Copies], swapping: str | None = None) -> Fence | None:
         """Move these blocks, in order, on the device's current stream.
 
-        Returns the event after which the sources may be overwritten, None if that is now. Raises as ``audit``, first.
+        ``swapping`` is the direction, "out" or "in", of the swap that they belong to, whose time is counted as such;
+        other copies between tiers are those of the host cache. Returns the event after which the sources may be
+        overwritten, None if that is now. Raises as ``audit``, before anything moves.
         """
         if self._watches:
             self.audit()
         for group in copies:
+            blocks = len(group.pairs)
             if group.source == group.target:
+                start = self._timings.start("kernel")
                 pairs = torch.from_numpy(group.pairs.astype(np.int64))
                 pool = self.tiers[group.source]
                 self._backend.copy_blocks(pool, pairs.to(pool.device, non_blocking=True))
+                self._timings.lap("kernel", "copy_blocks", start, blocks=blocks)
             else:
+                direction = "in" if group.target == "device" else "out"
+                operation = "swap" if direction == swapping else "host_cache"
+                start = self._timings.start(operation)
                 self._move(self.tiers[group.source], self.tiers[group.target], group.pairs)
+                self._timings.lap(operation, direction, start, blocks=blocks, **current_trace())
         if self.device.type != "cuda" or not copies:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -56,7 +56,7 @@ int32_t pagemgr_manager_version() { return PAGEMGR_MANAGER_VERSION; }
 
 int32_t pagemgr_manager_measure(const pagemgr_manager *manager, pagemgr_manager_step *step) {
     const pagemgr_manager &m = *manager;
-    int64_t tokens = 0, fresh = 0, width = 0;
+    int64_t tokens = 0, fresh = 0, copies = 0, width = 0;
     for (int64_t i = 0; i < step->num_seqs; ++i) {
         const int64_t row = step->rows[i];
         if (!lives(m, row, step->generations[i]) || m.tier[row] != 0 || m.last_step[row] < 0) return 0;
@@ -64,7 +64,10 @@ int32_t pagemgr_manager_measure(const pagemgr_manager *manager, pagemgr_manager_
         if (step->counts[i] < 1 || end > m.max_seq_len) return 0;
         if (start % m.block_size) {
             const int32_t tail = m.blocks[row * m.width + start / m.block_size];
-            if (m.state[tail] != kOpen || m.refs[tail] != 1 || m.pending[tail] != 0) return 0;
+            if (m.state[tail] == kFull)
+                ++copies;
+            else if (m.state[tail] != kOpen || m.refs[tail] != 1 || m.pending[tail] != 0)
+                return 0;
         }
         const int64_t needed = blocks_for(m, end);
         tokens += step->counts[i];
@@ -72,7 +75,8 @@ int32_t pagemgr_manager_measure(const pagemgr_manager *manager, pagemgr_manager_
         width = std::max(width, needed);
     }
     step->num_tokens = tokens;
-    step->num_new_blocks = fresh;
+    step->num_new_blocks = fresh + copies;
+    step->num_copies = copies;
     step->table_width = width;
     return 1;
 }
@@ -80,7 +84,21 @@ int32_t pagemgr_manager_measure(const pagemgr_manager *manager, pagemgr_manager_
 void pagemgr_manager_reserve(pagemgr_manager *manager, pagemgr_manager_step *step, int64_t num_free) {
     pagemgr_manager &m = *manager;
     const int32_t *next = m.stack + num_free;
-    int64_t token = 0;
+    int64_t token = 0, copies = 0;
+    for (int64_t i = 0; i < step->num_seqs && copies < step->num_copies; ++i) {
+        const int64_t row = step->rows[i], start = m.reserved[row];
+        int32_t &tail = m.blocks[row * m.width + start / m.block_size];
+        if (start % m.block_size == 0 || m.state[tail] != kFull) continue;
+        const int32_t block = *--next;
+        m.refs[block] = 1;
+        m.state[block] = kOpen;
+        std::memcpy(m.tokens + int64_t{block} * m.block_size, m.tokens + int64_t{tail} * m.block_size,
+                    m.block_size * sizeof *m.tokens);
+        step->copied[copies] = i;
+        step->fresh[copies] = block;
+        step->tails[copies++] = tail;
+        tail = block;
+    }
     for (int64_t i = 0; i < step->num_seqs; ++i) {
         const int64_t row = step->rows[i], start = m.reserved[row], end = start + step->counts[i];
         int32_t *const blocks = m.blocks + row * m.width;

@@ -15,9 +15,12 @@ from pagemgr.logs import JsonFormatter, TextFormatter
 COMMANDS = {
     "demo": "A chat-like workload through the real cache, and a picture of its memory.",
     "generate": "Generate text with a model whose K/V cache is pagemgr's.",
-    "replay": "Replay a trace of requests and see what the cache makes of it.",
+    "replay": "Replay a trace of requests, or the log of a manager's calls.",
+    "fuzz": "Call the block manager at random beside a naive model of it.",
     "config": "Show, describe or check the settings.",
     "build": "Compile the kernels for this machine before their first use.",
+    "dashboard": "Print the Grafana dashboard, or write all that Prometheus and Grafana need.",
+    "alerts": "Print the recording and alert rules for Prometheus.",
     "serve": "A pool with a workload, to look at: a page, a JSON API, metrics and health.",
     "top": "A running pool in the terminal, live.",
     "plan": "How large a pool a model needs, and which knob to turn.",

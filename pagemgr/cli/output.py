@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import click
 from rich import box
@@ -33,6 +33,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 def print_json(value: object) -> None:
     """One JSON document."""
     click.echo(json.dumps(value, indent=2))
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """The sum, and what it consists of, the most first."""
+    parts = ", ".join(
+        f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    )
+    return f"{sum(counts.values()):,}" + (f": {parts}" if parts else "")
 
 
 def amount(count: float) -> str:

@@ -1,4 +1,4 @@
-"""``pagemgr replay``: what a pool of a given size would have made of a recorded trace."""
+"""``pagemgr replay``: what a pool of a given size would have made of a trace, or what came of a manager's calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from rich.progress import track
 from pagemgr.assembly import HOST_CACHES
 from pagemgr.config import Config, ModelConfig, PoolConfig, parse_bytes
 from pagemgr.eviction import names
+from pagemgr.recording import is_log
 from pagemgr.replay import Replay, Sample, replay
 from pagemgr.traces import read_trace
 
+from .calls import print_log
 from .comparison import compare, draw
 from .output import print_json, print_table
 from .picture import require_matplotlib
@@ -26,22 +28,29 @@ BAR = 40
 ROWS = 12
 
 
+def _known(ctx: click.Context, _: click.Parameter, policies: tuple[str, ...]) -> tuple[str, ...]:
+    for name in policies:
+        if name not in (ALL, *names()):
+            raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}")
+    return policies
+
+
 @click.command("replay")
-@click.argument("trace", type=click.Path(exists=True, dir_okay=False))
+@click.argument("trace", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
 @click.option(
     "--blocks",
     type=click.IntRange(min=1),
-    required=True,
     multiple=True,
     help="Usable blocks of the pool; several, to compare.",
 )
-@click.option("--block-size", type=click.IntRange(min=1), required=True, help="Tokens of a block.")
+@click.option("--block-size", type=click.IntRange(min=1), help="Tokens of a block.")
 @click.option(
     "--policy",
     "policies",
     default=("lru",),
     show_default=True,
     multiple=True,
+    callback=_known,
     help=f"Eviction policy: {', '.join(names())}; several or {ALL}, to compare.",
 )
 @click.option(
@@ -74,7 +83,7 @@ def command(
     ctx: click.Context,
     trace: str,
     blocks: tuple[int, ...],
-    block_size: int,
+    block_size: int | None,
     policies: tuple[str, ...],
     picture: Path | None,
     with_data: bool,
@@ -85,14 +94,22 @@ def command(
     token_bytes: str,
     as_json: bool,
 ) -> None:
-    """Replay TRACE, one request at a time from a cold cache, and see what the pool makes of it.
+    """Replay a trace of requests, or the log of a manager's calls.
 
-    TRACE is JSON lines, gzipped or not, in the schema of Mooncake, of the agentic coding traces, or of Azure's lengths.
-    Several policies or pool sizes are compared by hit ratio, beside the best that was possible: Belady's optimum.
+    A trace is JSON lines, gzipped or not, in the schema of Mooncake, of the agentic coding traces, or of Azure's
+    lengths. Its requests run one at a time from a cold cache, in a pool of --blocks and --block-size. Several policies
+    or pool sizes are compared by hit ratio, beside the best that was possible: Belady's optimum.
+
+    A log is what debug.record wrote. Its calls are made again on a manager like the one that was recorded, and the exit
+    code is 1 if anything else came of one.
     """
-    for name in policies:
-        if name not in (ALL, *names()):
-            raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}", ctx, param_hint="--policy")
+    if is_log(trace):
+        print_log(ctx, trace, as_json)
+        return
+    for name, value in (("--blocks", blocks), ("--block-size", block_size)):
+        if not value:
+            raise click.MissingParameter("A trace needs it.", ctx, param_hint=name, param_type="option")
+    assert block_size is not None
     chosen = names() if ALL in policies else list(dict.fromkeys(policies))
     model = ModelConfig(num_layers=num_layers, num_kv_heads=1, head_dim=1, windows=windows)  # type: ignore[arg-type]
     groups = Config(model=model, pool=PoolConfig(num_blocks=2)).layer_groups
@@ -108,9 +125,15 @@ def command(
         raise click.BadParameter(
             "compares bytes, not policies: give one --policy and one --blocks", ctx, None, "--with-data"
         )
+    _compare(trace, sorted(set(blocks)), block_size, chosen, picture, as_json)
+
+
+def _compare(
+    trace: str, blocks: list[int], block_size: int, policies: list[str], picture: Path | None, as_json: bool
+) -> None:
     if picture is not None:
         require_matplotlib()
-    comparison = compare(read_trace(trace), sorted(set(blocks)), block_size, chosen)
+    comparison = compare(read_trace(trace), blocks, block_size, policies)
     if picture is not None:
         draw(picture, f"{Path(trace).name}, blocks of {block_size} tokens", comparison)
     if as_json:
@@ -184,7 +207,7 @@ def _summary(result: Replay, token_bytes: int, policy: str) -> Iterator[tuple[st
     served = max(len(samples), 1)
     yield "held_over_uniform_ratio", round(result.held_slots / max(result.uniform_slots, 1), 4)
     yield "paged_bytes_per_request", result.held_slots * token_bytes // served
-    yield "contiguous_bytes_per_request", result.longest * token_bytes
+    yield "contiguous_bytes_per_request", result.longest * result.num_groups * token_bytes
     yield "contiguous_over_paged", round(result.contiguous_slots / max(result.held_slots, 1), 2)
     yield "compared_tokens", result.compared_tokens
     yield "invariant_violations", counters.invariant_violations

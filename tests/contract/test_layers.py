@@ -25,8 +25,9 @@ LAYERS = (
     ("steps",),
     ("checks", "accelerator"),
     ("assembly",),
-    ("manager",),  # everything up to here loads no torch
-    ("batch", "dump"),
+    ("manager",),
+    ("recording", "fuzz"),  # everything up to here loads no torch
+    ("batch", "timings", "capture", "dump"),
     ("backends",),
     ("storage",),
     ("cache",),
@@ -46,7 +47,9 @@ ONLY = {
     "batch": {"errors", "plan"},
     "native": {"errors"},
     "backends": {"errors", "layout", "batch", "native"},
-    "storage": {"errors", "layout", "plan", "pool", "backends", "watch"},
+    "timings": {"stats"},
+    "capture": set(),
+    "storage": {"errors", "layout", "plan", "pool", "backends", "timings", "watch"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
 
@@ -155,6 +158,26 @@ def test_only_the_pool_changes_a_reference_count(package_files: dict[str, Path])
         if module != "pagemgr.pool"
     ]
     assert not wrong, wrong
+
+
+def reads_a_clock(module: str, source: str) -> list[str]:
+    """Imports by which time or chance could come into a decision."""
+    names = [name.split(".")[0] for _, name, *_ in imported(module, False, ast.parse(source))]
+    return sorted({"time", "datetime", "random", "secrets", "uuid"} & set(names))
+
+
+def test_no_decision_depends_on_a_clock_or_on_chance(package_files: dict[str, Path]) -> None:
+    """Clocks jump, and ranks have clocks of their own: the manager decides by its calls alone."""
+    core = [module for module in package_files if RANK.get(unit_of(module), 99) <= RANK["manager"]]
+    core = [module for module in core if not module.startswith("pagemgr.native")]  # a build says how long it took
+    assert {"pagemgr.manager", "pagemgr.pool", "pagemgr.eviction.recency"} <= set(core)
+    found = {module: reads_a_clock(module, package_files[module].read_text(encoding="utf-8")) for module in core}
+    assert not any(found.values()), found
+
+
+def test_a_clock_is_seen() -> None:
+    assert reads_a_clock("pagemgr.pool", "def f():\n    from time import monotonic") == ["time"]
+    assert reads_a_clock("pagemgr.pool", "import numpy as np") == []
 
 
 def test_tests_import_the_package_by_its_one_name(root: Path) -> None:

@@ -20,7 +20,22 @@ import pagemgr
 pytestmark = pytest.mark.xdist_group("packaging")  # one build for all of them
 
 LINKED = ("backends", "metrics", "native")
-SHIPPED = {".py", ".typed", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".css", ".html", ".js", ".LICENSE", ".toml"}
+SHIPPED = {
+    ".py",
+    ".typed",
+    ".h",
+    ".hpp",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".json",
+    ".yaml",
+    ".css",
+    ".html",
+    ".js",
+    ".LICENSE",
+    ".toml",
+}
 PROBES = ("native/probe.h", "native/probe.hpp", "native/cpu/probe.cpp", "native/cuda/probe.cu", "native/cuda/probe.cuh")
 """Sources added to the copy that is built, so that the patterns are tested for every kind of file and depth."""
 
@@ -130,5 +145,7 @@ def test_type_checkers_see_what_is_exported(root: Path) -> None:
 def test_the_command_works_by_itself(installed: Path, tmp_path: Path) -> None:
     command = installed / "bin" / "pagemgr"
     assert "pagemgr, version " in run(command, "--version", cwd=tmp_path)
+    assert json.loads(run(command, "dashboard", cwd=tmp_path))["title"] == "pagemgr"
+    assert run(command, "alerts", cwd=tmp_path).startswith("#")
     names = [backend["name"] for backend in json.loads(run(command, "doctor", "--json", cwd=tmp_path))["backends"]]
     assert "torch" in names

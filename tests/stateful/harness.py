@@ -10,7 +10,6 @@ import pytest
 from device import Device, Event, Reader, contents
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
-from model import Flight, Model, Move, Row
 from snapshot import differences, snapshot
 
 from pagemgr.errors import (
@@ -21,6 +20,7 @@ from pagemgr.errors import (
     SequenceBusy,
     SequenceTooLong,
 )
+from pagemgr.fuzz.model import Flight, Model, Move, Row
 from pagemgr.manager import BlockManager
 from pagemgr.pins import Pin
 from pagemgr.plan import Plan, Transfer

@@ -7,7 +7,6 @@ from harness import NAMESPACES, Harness, Refusal
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from model import Flight, Part
 
 from pagemgr.errors import (
     InvalidInput,
@@ -20,6 +19,7 @@ from pagemgr.errors import (
     StepOrderError,
     WrongTier,
 )
+from pagemgr.fuzz.model import Flight, Part
 from pagemgr.plan import Plan
 from pagemgr.prefix import Namespace
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from managers import Gate
 
 import pagemgr
 from pagemgr import AttentionParams, OutOfBlocks, PagedKVCache, TransferFailed
@@ -248,6 +249,25 @@ def test_swap_failing_at_each_copy_moves_nothing(direction: str, monkeypatch: py
     if direction == "out":
         cache.swap_in(scattered)
     engine.extend(scattered, histories, [[1], [2], [3]])
+
+
+@pytest.mark.parametrize("direction", ["out", "in"])
+def test_what_moved_is_reused_once_the_copy_is_done(
+    engine: Engine, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is asynchronous on a GPU: its event stands between the source's blocks and their next owner."""
+    cache, gate = engine.cache, Gate()
+    seq = cache.add()
+    engine.extend([seq], [[]], [[1, 2, 3, 4, 5]])
+    if direction == "in":
+        cache.swap_out([seq])
+    source = cache.manager.tiers[0 if direction == "out" else 1].pool
+    used = source.num_blocks - 1 - source.available
+    monkeypatch.setattr(cache.storage, "execute", lambda copies: gate)
+    (cache.swap_out if direction == "out" else cache.swap_in)([seq])
+    assert cache.stats().tiers[0 if direction == "out" else 1].fenced == used > 0
+    gate.passed = True
+    assert cache.stats().tiers[0 if direction == "out" else 1].fenced == 0
 
 
 @pytest.mark.parametrize("point", ["copies", "buffers"])

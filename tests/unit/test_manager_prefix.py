@@ -57,6 +57,18 @@ def test_a_hit_shares_blocks(make: Make) -> None:
     assert stats.hit_ratio == 2 / 6
 
 
+def test_a_prompt_that_is_not_looked_up_is_shared_afterwards(make: Make) -> None:
+    """Who needs every position computed, as for the log-probabilities of a prompt, adds without it."""
+    manager = make(9, 2)
+    a = filled(manager, [1, 2, 3])
+    b = manager.add()
+    plan = run(manager, [b], [[1, 2, 3]])
+    assert plan.num_tokens == 3
+    assert (blocks(manager, a), blocks(manager, b)) == ([1, 2], [1, 4])
+    assert manager.stats().counters.duplicate_blocks == 1
+    assert manager.stats().counters.prefix_query_tokens == 3
+
+
 def test_prompts_may_be_any_row_of_integers(make: Make) -> None:
     manager = make(9, 2)
     filled(manager, [1, 2, 3])

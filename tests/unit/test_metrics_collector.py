@@ -10,24 +10,41 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.exposition import generate_latest
 
 from pagemgr.errors import InvalidInput, OutOfBlocks, PagemgrError
 from pagemgr.manager import BlockManager
 from pagemgr.metrics import METRICS, Pool, PoolCollector, bytes_by_cause
-from pagemgr.stats import Stats
+from pagemgr.prefix import Namespace
+from pagemgr.stats import Histogram, Stats
+from pagemgr.timings import TIMED as KINDS
 
 BLOCK_BYTES = 4 * 96
-ALLOWED_LABELS = {"pool", "tier", "state", "cause", "reason", "direction", "policy", "backend", "version"}
+ALLOWED_LABELS = (
+    {"pool", "tier", "state", "cause", "reason", "direction", "policy", "phase", "op"}
+    | {"backend", "device", "dtype", "version", "python", "torch"}  # of the metrics that say what runs
+)
+TIMED = {name for name, metric in METRICS.items() if metric.kind == "histogram"}
+"""What a cache reports and a manager alone does not."""
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-def make_manager(prefix_caching: bool = True) -> BlockManager:
-    return BlockManager(40, 4, max_sequences=10, max_seq_len=60, num_host_blocks=24, prefix_caching=prefix_caching)
+def make_manager(prefix_caching: bool = True, host_cache: str = "off") -> BlockManager:
+    return BlockManager(
+        40,
+        4,
+        max_sequences=10,
+        max_seq_len=60,
+        num_host_blocks=24,
+        prefix_caching=prefix_caching,
+        host_cache=host_cache,
+    )
 
 
 def make_pool(manager: BlockManager, name: str = "default") -> Pool:
@@ -91,7 +108,9 @@ def random_verbs(manager: BlockManager, seed: int, count: int) -> Iterator[None]
 
 @pytest.mark.parametrize("seed", range(12))
 def test_bytes_by_cause_sum_to_the_capacity_in_every_state(seed: int) -> None:
-    manager = make_manager(prefix_caching=seed % 3 > 0)
+    caching = seed % 3 > 0
+    host_caches = ("off", "inclusive", "exclusive")
+    manager = make_manager(caching, host_caches[seed // 3 % 3] if caching else "off")
     collector = PoolCollector(make_pool(manager))
     for _ in random_verbs(manager, seed, 120):
         manager.check()
@@ -170,6 +189,21 @@ def test_values_of_a_run_that_can_be_counted_by_hand() -> None:
     assert total(samples, "pagemgr_up") == 1
 
 
+def test_pins_are_a_cause_of_their_own_while_nobody_else_holds_the_blocks() -> None:
+    manager = BlockManager(40, 4, pin_quota=10)
+    collector = PoolCollector(make_pool(manager))
+    sequence = manager.add(range(10))
+    manager.commit(manager.reserve([sequence], [range(10)]))
+    pin = manager.pin(sequence, "system prompt")
+    held: list[tuple[float, float]] = []
+    for verb in (lambda: None, lambda: manager.free([sequence]), lambda: manager.unpin(pin)):
+        verb()
+        samples = scrape(collector)
+        held.append(tuple(total(samples, "pagemgr_pool_bytes", tier="device", cause=c) for c in ("full", "pinned")))
+        assert total(samples, "pagemgr_pool_bytes", tier="device") == 40 * BLOCK_BYTES
+    assert held == [(2 * BLOCK_BYTES, 0), (0, 2 * BLOCK_BYTES), (0, 0)]
+
+
 def test_evictions_carry_tier_policy_and_reason() -> None:
     manager = BlockManager(5, 4)
     sequence = manager.add(range(16))
@@ -191,7 +225,7 @@ def test_an_invariant_violation_is_counted() -> None:
 def test_bytes_by_cause_names_each_state_once() -> None:
     tier = make_manager().stats().device
     assert bytes_by_cause(tier, 10) == {
-        "open_used": 0, "tail_waste": 0, "null": 10, "free": 390, "full": 0, "cached": 0, "fenced": 0,
+        "open_used": 0, "tail_waste": 0, "null": 10, "free": 390, "full": 0, "pinned": 0, "cached": 0, "fenced": 0,
     }  # fmt: skip
 
 
@@ -199,18 +233,22 @@ def test_bytes_by_cause_names_each_state_once() -> None:
 
 
 def test_names_follow_the_rules() -> None:
-    for name, (labels, text) in METRICS.items():
+    for name, metric in METRICS.items():
         assert re.fullmatch(r"pagemgr_[a-z_]+", name), name
-        assert set(labels) <= ALLOWED_LABELS - {"pool"}, name
-        assert text.endswith("."), name
-        assert not re.search(r"percent|_ms_|_kb_|_count$", name), name
+        assert set(metric.labels) <= ALLOWED_LABELS - {"pool"}, name
+        assert metric.meaning.endswith("."), name
+        assert not re.search(r"percent|_ms_|_kb_|_count$|_bucket$|_sum$", name), name
+        assert (metric.unit == "") == (metric.kind == "info"), name
+        if metric.unit in ("bytes", "seconds"):
+            assert re.search(rf"_{metric.unit}(_total)?$", name), name
 
 
 def test_every_name_of_the_table_is_reported_with_its_labels() -> None:
     families = PoolCollector(make_pool(make_manager())).collect()
     reported = {(sample.name, frozenset(sample.labels)) for family in families for sample in family.samples}
     pool = {name: {"pool"} - ({"pool"} if name == "pagemgr_build_info" else set()) for name in METRICS}
-    assert reported == {(name, frozenset({*labels, *pool[name]})) for name, (labels, _) in METRICS.items()}
+    expected = {(name, frozenset({*metric.labels, *pool[name]})) for name, metric in METRICS.items()}
+    assert {sample for sample in expected if sample[0] not in TIMED} == reported
 
 
 # Registering --------------------------------------------------------------------------------------------------------
@@ -280,6 +318,20 @@ def test_a_pool_that_cannot_be_read_is_down_and_disturbs_nobody(caplog: pytest.L
     assert total(scrape(collector), "pagemgr_up", pool="broken") == 1
 
 
+def test_traffic_makes_no_series() -> None:
+    """Thousands of tenants, sequences and errors later there is not one more: nobody can fill a Prometheus server."""
+    manager = make_manager()
+    collector = PoolCollector(make_pool(manager))
+    before = set(scrape(collector))
+    for n in range(3000):
+        sequence = manager.add([n], Namespace(tenant=f"tenant {n}", adapter=f"adapter {n}", media=(b"%d" % n,)))
+        manager.commit(manager.reserve([sequence], [[n]]))
+        with pytest.raises(InvalidInput):
+            manager.fork(sequence, -n)
+        manager.free([sequence])
+    assert set(scrape(collector)) == before
+
+
 # Threads and time ---------------------------------------------------------------------------------------------------
 
 
@@ -321,11 +373,14 @@ def test_a_scrape_of_a_million_blocks_is_short(capsys: pytest.CaptureFixture[str
     sequences = manager.add_many([()] * 256)
     manager.commit(manager.reserve(sequences, [3000 + i for i in range(256)]))
     manager.reserve(sequences[:128], [2000] * 128)  # and a large prefill in flight
-    collector = PoolCollector(make_pool(manager))
+    timed = {what: {kind: Histogram() for kind in kinds} for what, kinds in KINDS.items()}
+    pool = Pool("large", lambda: replace(manager.stats(), timings=timed), BLOCK_BYTES, "lru", "torch")
+    registry = CollectorRegistry()
+    registry.register(PoolCollector(pool))
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        collector.collect()
+        generate_latest(registry)
         seconds.append(time.perf_counter() - start)
     with capsys.disabled():
         print(f"\n1,000,000 blocks, 256 sequences: a scrape takes {1e3 * min(seconds):.2f} ms")  # noqa: T201

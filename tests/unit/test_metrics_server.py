@@ -13,13 +13,15 @@ from pagemgr.errors import ConfigError, OperatingError
 from pagemgr.metrics import Server, serve
 
 
-def make_cache(pool: str = "default", port: int | None = 0, host: str = "127.0.0.1") -> pagemgr.PagedKVCache:
+def make_cache(
+    pool: str = "default", port: int | None = 0, host: str = "127.0.0.1", vllm_names: bool = False
+) -> pagemgr.PagedKVCache:
     return pagemgr.PagedKVCache(
         pagemgr.Config(
             model={"num_layers": 1, "num_kv_heads": 1, "head_dim": 8},
             pool={"num_blocks": 6, "block_size": 4},
             device="cpu",
-            metrics={"pool": pool, "port": port, "host": host},
+            metrics={"pool": pool, "port": port, "host": host, "vllm_names": vllm_names},
         )
     )
 
@@ -27,7 +29,7 @@ def make_cache(pool: str = "default", port: int | None = 0, host: str = "127.0.0
 def get(server: Server, path: str = "/metrics") -> tuple[int, str]:
     connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
         response = connection.getresponse()
         return response.status, response.read().decode()
     finally:
@@ -44,7 +46,8 @@ def test_it_serves_the_state_at_the_time_of_the_scrape() -> None:
     assert status == 200
     assert 'pagemgr_sequences{pool="default",tier="device"} 0.0' in before
     assert 'pagemgr_sequences{pool="default",tier="device"} 1.0' in after
-    assert f'pagemgr_backend_info{{backend="{cache.backend.name}",pool="default"}} 1.0' in after
+    labels = f'backend="{cache.backend.name}",device="cpu",dtype="float32",pool="default"'
+    assert f"pagemgr_backend_info{{{labels}}} 1.0" in after
 
 
 def test_one_metric_can_be_asked_for() -> None:
@@ -97,3 +100,11 @@ def test_it_stands_beside_the_metrics_of_the_engine() -> None:
     assert "engine_requests_total 3.0" in text
     assert 'pagemgr_up{pool="target"} 1.0' in text
     assert 'pagemgr_up{pool="draft"} 1.0' in text
+
+
+@pytest.mark.parametrize("vllm_names", [False, True])
+def test_names_with_a_colon_arrive_whole(vllm_names: bool) -> None:
+    with serve(make_cache("other"), make_cache(vllm_names=vllm_names)) as server:
+        _, text = get(server)
+    assert ('vllm:kv_cache_usage_perc{engine="0",model_name="default"} 0.0' in text) == vllm_names
+    assert text.endswith("# EOF\n") != vllm_names  # OpenMetrics, but for these names

@@ -1,0 +1,1 @@
+"""Random calls of a manager beside a naive model of what it promises."""

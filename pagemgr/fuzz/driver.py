@@ -1,0 +1,279 @@
+"""Random calls from one seed: every verb, wrong calls included, several steps and transfers under way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import Random
+
+from pagemgr.errors import InvalidInput, PagemgrError, StaleSequence, StepOrderError
+from pagemgr.prefix import Namespace
+from pagemgr.sequences import Sequence
+
+from .model import Part, Row
+from .pair import Event, Pair, Refusal, Sizes
+
+_SPACES = (None, None, None, Namespace(tenant="x"), Namespace(adapter="x"))
+
+
+class Disagreement(Exception):
+    """The manager did not do what its model says. The cause is chained; ``step`` counts from 1."""
+
+    def __init__(self, seed: int, step: int, verb: str, cause: BaseException) -> None:
+        self.seed, self.step = seed, step
+        super().__init__(f"seed {seed}, step {step} ({verb}): {type(cause).__name__}: {cause}")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did, once all sequences were freed again."""
+
+    sizes: Sizes
+    steps: int
+    verbs: dict[str, int]
+    """How often each was called for."""
+    refused: dict[str, int]
+    """Calls that were refused as they had to be, by the error's name."""
+    evicted: int
+    digest: str
+    """Equal for equal seeds and steps, on any machine."""
+
+
+def fuzz(seed: int, steps: Iterable[int], check_every: int) -> Outcome:
+    """Call a manager for each of ``steps``, which count up from 1, and compare everything each ``check_every``.
+
+    In the end everything is freed, and each block has to be free or cached again. Raises ``Disagreement``, and
+    ``InvalidInput`` where Python is told to skip assertions, as there is no comparison without them.
+    """
+    if not __debug__:
+        raise InvalidInput("the model compares by assertions: run Python without -O")
+    driver, step, verb = Driver(seed), 0, "start"
+    try:
+        for step in steps:
+            verb = driver.act()
+            if step % check_every == 0:
+                driver.pair.check()
+        verb = "the end"
+        return driver.end(step)
+    except (AssertionError, PagemgrError, LookupError, TypeError, ValueError) as error:
+        raise Disagreement(seed, step, verb, error) from error
+
+
+class Driver:
+    """One pair of manager and model, with a mind of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = Random(seed)
+        size = rng.choice((1, 2, 3, 4))
+        num_blocks = rng.randint(8, 24)
+        usable = (num_blocks - 1) * size
+        self.pair = Pair(
+            Sizes(
+                num_blocks=num_blocks,
+                block_size=size,
+                max_sequences=rng.randint(4, 10),
+                max_seq_len=rng.randint(min(3 * size + 3, usable), usable),
+                num_host_blocks=rng.choice((0, 4, 8, 12, 12)),
+                prefix_caching=rng.random() < 0.9,
+                compiled=rng.random() < 0.5,
+            )
+        )
+        self.model, self.sizes = self.pair.model, self.pair.sizes
+        self.events: list[Event] = []
+        self.stale: list[Sequence] = []
+        self.past: list[list[int]] = [[]]
+        self.prompts: dict[Row, list[int]] = {}
+        self.done: Counter[str] = Counter()
+
+    def act(self) -> str:
+        """One call, wherever there is something to call for. Returns its name."""
+        verbs = [self.add]
+        if self.model.rows:
+            verbs += [self.reserve, self.decode, self.decode, self.prefill, self.prefill, self.fork, self.truncate]
+            verbs += [self.free, self.free, self.swap, self.wrong]
+        verbs += [self.commit, self.commit, self.commit, self.abort] if self.model.flights else []
+        verbs += [self.finish, self.finish, self.cancel] if self.model.moves else []
+        verbs += [self.let_pass] if self.events else []
+        verb = self.rng.choice(verbs)
+        self.done[verb.__name__] += 1
+        self.pair.settle()
+        verb()
+        return verb.__name__
+
+    def end(self, steps: int) -> Outcome:
+        """Bring everything to its end, and see that no block is lost."""
+        for event in self.events:
+            event.passed = True
+        self.pair.settle()
+        for move in list(self.model.moves):
+            self.pair.finish(move, None)
+        while self.model.flights:
+            self.pair.commit([True] * len(self.model.flights[0].parts))
+        if self.model.rows:
+            self.pair.settle()
+            self.pair.free(list(self.model.rows), None)
+        self.pair.check()
+        stats = self.pair.manager.stats()
+        for tier in stats.tiers:
+            left = tier.free + tier.cached + tier.null
+            assert left == tier.num_blocks, f"{tier.num_blocks - left} blocks of the {tier.name} tier are lost"
+        evicted = sum(tier.evicted_total for tier in stats.tiers)
+        return Outcome(self.sizes, steps, dict(self.done), dict(self.pair.refused), evicted, stats.digest)
+
+    # Sequences ----------------------------------------------------------------------------------------------------
+
+    def add(self) -> None:
+        """One or two, whose prompts often continue what was there before."""
+        prompts = []
+        for _ in range(self.rng.randint(1, 2)):
+            past = self.rng.choice(self.past)
+            keep = max(len(past) - self.rng.randint(0, self.sizes.block_size), 0)
+            prompts.append(past[:keep] + self._tokens(self.rng.randint(0, 2 * self.sizes.block_size + 1)))
+        if self._mostly():
+            prompts = [prompt[: self.sizes.max_seq_len] for prompt in prompts]
+        rows = self.pair.add(prompts, [self.rng.choice(_SPACES) for _ in prompts])
+        for row, prompt in zip(rows, prompts, strict=False):
+            self.prompts[row] = prompt
+            self._remember(prompt)
+
+    def fork(self) -> None:
+        """Children, rarely a number of them that cannot be."""
+        row = self._some([row for row in self.model.rows if self._idle(row)], 1)[0]
+        self.pair.fork(row, self.rng.choice((1, 1, 1, 2, 3)) if self._mostly() else 0)
+        for child in self.model.rows:
+            self.prompts.setdefault(child, self.prompts[row])
+
+    def truncate(self) -> None:
+        """A few tokens less, rarely more than there are."""
+        rows = self._some([row for row in self.model.rows if self._idle(row) and row.tokens], 2)
+        lengths = [max(row.computed - self.rng.randint(0, 2 * self.sizes.block_size), 0) for row in rows]
+        if not self._mostly():
+            lengths[-1] = self.rng.choice((rows[-1].computed + 1, -1))
+        self.pair.truncate(rows, lengths)
+
+    def free(self) -> None:
+        """Some end, behind a fence or not."""
+        rows = self._some([row for row in self.model.rows if not row.moving], 3)
+        stale = self.pair.free(rows, self._event())
+        for row in rows if stale else []:
+            self._remember(row.tokens[: row.computed])
+            del self.prompts[row]
+        self.stale = (self.stale + stale)[-4:]
+
+    def let_pass(self) -> None:
+        """A fence passes."""
+        self.events.pop(self.rng.randrange(len(self.events))).passed = True
+        self.pair.settle()
+
+    # Steps --------------------------------------------------------------------------------------------------------
+
+    def prefill(self) -> None:
+        """What is left of a prompt, committed at once if nothing is in flight."""
+        row = self._some([row for row in self.model.rows if row.tier == "device" and not row.moving], 1)[0]
+        rest = self.prompts[row][len(row.tokens) :] or self._tokens(1)
+        self._step([self._part(row, rest)], at_once=self._mostly())
+
+    def decode(self) -> None:
+        """One token for all that can."""
+        rows = [row for row in self.model.rows if row.tier == "device" and not row.moving] or self.model.rows
+        self._step([self._part(row, self._tokens(1)) for row in rows], at_once=self.rng.random() < 0.5)
+
+    def reserve(self) -> None:
+        """Any batch of any counts."""
+        rows = self._some([row for row in self.model.rows if row.tier == "device" and not row.moving], 4)
+        most = 2 * self.sizes.block_size + 1
+        self._step([self._part(row, self._tokens(self.rng.randint(1, most))) for row in rows], at_once=False)
+
+    def commit(self) -> None:
+        """The oldest step."""
+        self.pair.commit([self._mostly() for _ in self.model.flights[0].parts])
+
+    def abort(self) -> None:
+        """Some step, as a rule the newest."""
+        flights = self.model.flights
+        self.pair.abort(flights[-1] if self._mostly() else self.rng.choice(flights))
+
+    # Tiers --------------------------------------------------------------------------------------------------------
+
+    def swap(self) -> None:
+        """Begin to move some, as a rule of one tier."""
+        source = self.rng.choice(self.model.rows).tier
+        target = "device" if source == "host" else "host"
+        rows = self._some([row for row in self.model.rows if self._idle(row) and row.tier == source], 4)
+        self.pair.swap(rows, target)
+        if self.model.moves and self.rng.random() < 0.5:
+            self.finish()
+
+    def finish(self) -> None:
+        """A move ends well."""
+        self.pair.finish(self.rng.choice(self.model.moves), self._event())
+
+    def cancel(self) -> None:
+        """A move is given up."""
+        self.pair.cancel(self.rng.choice(self.model.moves))
+
+    # Wrong calls --------------------------------------------------------------------------------------------------
+
+    def wrong(self) -> None:
+        """A call that no state makes right."""
+        pair, manager, row = self.pair, self.pair.manager, self.rng.choice(self.model.rows)
+        mine = pair.handles[row]
+        calls: list[tuple[Callable[..., object], tuple[object, ...], Refusal]] = [
+            (manager.free, ([mine, mine],), InvalidInput),
+            (manager.free, ([mine], 1), InvalidInput),
+            (manager.add_many, ([[-1]],), InvalidInput),
+            (manager.add_many, ([[0]], []), InvalidInput),
+            (manager.reserve, ([mine], [0]), InvalidInput),
+            (manager.reserve, ([mine], [[1], [2]]), InvalidInput),
+        ]
+        for handle in self.stale[-1:]:
+            both, stale = [mine, handle], StaleSequence(handle.row, handle.generation)
+            calls += [(verb, (both,), stale) for verb in (manager.free, manager.lengths)]
+            calls += [(manager.reserve, (both, [1, 1]), stale), (manager.fork, (handle,), stale)]
+            calls += [(manager.truncate, (both, [0, 0]), stale), (manager.swap_out, (both,), stale)]
+        for flight in self.model.flights[1:2]:
+            calls += [(manager.commit, (pair.plans[flight],), StepOrderError)]
+        for flight in self.model.flights[:1]:
+            calls += [(manager.commit, (pair.plans[flight], [None] * (len(flight.parts) + 1)), InvalidInput)]
+        verb, args, refused = self.rng.choice(calls)
+        pair.call(verb, *args, refused=refused)
+
+    # Drawing ------------------------------------------------------------------------------------------------------
+
+    def _step(self, parts: list[Part], at_once: bool) -> None:
+        self.pair.reserve(parts)
+        if at_once and len(self.model.flights) == 1:
+            self.pair.settle()
+            self.commit()
+
+    def _part(self, row: Row, new: list[int]) -> Part:
+        return Part(row, len(row.tokens), new, self.rng.random() < 0.5, None)
+
+    def _tokens(self, count: int) -> list[int]:
+        """Of two values, so that prefixes often agree."""
+        bits = self.rng.getrandbits(3)
+        return [bits >> at % 3 & 1 for at in range(count)]
+
+    def _some(self, fitting: list[Row], most: int) -> list[Row]:
+        """A few rows in any order, as a rule of those that fit."""
+        rows = fitting if fitting and self._mostly() else self.model.rows
+        return self.rng.sample(rows, self.rng.randint(1, min(most, len(rows))))
+
+    def _event(self) -> Event | None:
+        """No fence, a new one, or one that others wait for."""
+        kind = self.rng.randrange(3)
+        if kind == 0:
+            return None
+        if kind == 1 or not self.events:
+            self.events.append(Event())
+        return self.events[-1]
+
+    def _idle(self, row: Row) -> bool:
+        return not row.moving and not self.model.flying(row)
+
+    def _remember(self, tokens: list[int]) -> None:
+        self.past = [*self.past, tokens][-5:]
+
+    def _mostly(self) -> bool:
+        return self.rng.random() < 0.9

@@ -1,0 +1,85 @@
+"""What stands in a log: which verbs, how each argument is written, and what came of a call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from pagemgr.errors import PagemgrError
+from pagemgr.manager import BlockManager
+from pagemgr.plan import Copies, Plan, Transfer
+
+FORMAT = 1
+MARK = "pagemgr_log"
+"""The first key of a log's first line; its value is the format."""
+
+VERBS: dict[str, dict[str, str]] = {
+    "add_many": {"prompts": "plain", "namespaces": "namespaces"},
+    "fork": {"sequence": "sequence", "n": "plain"},
+    "truncate": {"sequences": "sequences", "lengths": "plain"},
+    "free": {"sequences": "sequences", "after": "fence"},
+    "reserve": {"sequences": "sequences", "tokens": "plain"},
+    "commit": {"plan": "ticket", "tokens": "plain"},
+    "abort": {"plan": "ticket"},
+    "swap_out": {"sequences": "sequences"},
+    "swap_in": {"sequences": "sequences"},
+    "finish": {"transfer": "ticket", "after": "fence"},
+    "cancel": {"transfer": "ticket"},
+    "stats": {},  # lets go of what waited for fences
+}
+"""Every verb that decides something, and for each of its parameters the method of ``Scribe`` and ``Reader`` for it."""
+
+READS = ("add", "lengths", "check")
+"""Verbs that are not written: they change nothing, or call one that is."""
+
+UNSAYABLE = "unsayable"
+"""Stands for what JSON cannot say, in the log and in the call: no verb takes such a thing, nor text."""
+
+
+def plain(value: Any) -> Any:
+    """Numbers, and rows of numbers of any kind, as JSON says them; iterators are used up."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    try:
+        if hasattr(value, "__array__"):
+            array = np.asarray(value)
+            return array.tolist() if array.ndim and array.dtype.kind in "biuf" else UNSAYABLE
+        items = list(value)
+    except (TypeError, ValueError):
+        return UNSAYABLE
+    return items if set(map(type, items)) == {int} else [plain(item) for item in items]
+
+
+def outcome(answer: object) -> dict[str, Any]:
+    """What a call gave: handles, or a fingerprint of all that an engine reads of a plan or transfer."""
+    match answer:
+        case list():
+            return {"gave": [[handle.row, handle.generation, handle.num_cached_tokens] for handle in answer]}
+        case Plan():
+            said = [answer.block_table, answer.query_start, answer.slot_mapping]
+            return {"gave": _fingerprint(said, answer.copies)}
+        case Transfer():
+            return {"gave": _fingerprint(answer.moved, answer.copies)}
+    return {"gave": None}
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """The error's name and numbers; a message may change."""
+    numbers = vars(error) if isinstance(error, PagemgrError) else {}
+    return {"error": type(error).__name__, "numbers": {name: plain(number) for name, number in numbers.items()}}
+
+
+def digest(manager: BlockManager) -> str:
+    """What ``stats().digest`` is, without asking fences."""
+    return "-".join(f"{tier.digest:08x}" for tier in manager.tiers)
+
+
+def _fingerprint(arrays: Iterable[Any], copies: tuple[Copies, ...]) -> str:
+    moved = [[group.source, group.target, group.pairs.tolist()] for group in copies]
+    return blake2b(json.dumps([[array.tolist() for array in arrays], moved]).encode(), digest_size=8).hexdigest()
