@@ -93,15 +93,15 @@ class _Watch:
 
     def copies(self, execute: Verb) -> Verb:
         @functools.wraps(execute)
-        def watched(copies: Any) -> Any:
+        def watched(copies: Any, *args: Any, **kwargs: Any) -> Any:
             between = [group for group in copies if group.source != group.target]
             if not between:
-                return execute(copies)
+                return execute(copies, *args, **kwargs)
             with self._span("pagemgr.tier.copy", "copied between tiers", logging.DEBUG) as figures:
                 blocks = sum(len(group.pairs) for group in between)
                 ways = dict.fromkeys(f"{group.source} to {group.target}" for group in between)
                 figures |= {"way": ", ".join(ways), "blocks": blocks, "bytes": blocks * self._cache.layout.block_bytes}
-                return execute(copies)
+                return execute(copies, *args, **kwargs)
 
         return watched
 

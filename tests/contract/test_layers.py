@@ -13,7 +13,7 @@ import pytest
 
 # Bottom to top: a unit (a module, or a whole folder) imports only from rows below its own.
 LAYERS = (
-    ("errors", "logs"),
+    ("errors",),
     ("events",),
     ("layout", "eviction", "stats", "sources", "ids"),
     ("native",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("assembly",),
     ("manager",),
     ("recording", "fuzz"),  # everything up to here loads no torch
-    ("batch", "timings", "capture", "dump"),
+    ("batch", "timings", "capture", "dump", "logs"),
     ("backends",),
     ("storage",),
     ("cache",),

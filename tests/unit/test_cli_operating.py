@@ -132,7 +132,9 @@ def test_inspect_verifies_a_dump_of_a_running_pool(server: Server, tmp_path: Pat
     said = json.loads(invoke("inspect", str(tmp_path / "dump.json.gz"), "--json", "--limit", "1").stdout)
     assert said["problems"] == []
     tiers = [tier["bytes"] for tier in document(server, "tiers")["tiers"]]
-    assert [{name: tier[name] for name in tiers[0]} for tier in said["tiers"]] == tiers
+    found = [{name: tier[name] for name in told} for tier, told in zip(said["tiers"], tiers, strict=True)]
+    assert found == tiers
+    assert re.search(r"tier .*open_used.*swapped", done.stdout)
     assert len(said["largest"]) == 1
 
 
