@@ -218,6 +218,13 @@ _PRESSURE = (
         lambda pool, stats: [((tier.name, pool.policy, "capacity"), tier.evicted_total) for tier in stats.tiers],
     ),
     Metric(
+        "pagemgr_evicted_wanted_blocks_total",
+        "blocks",
+        (),
+        "Blocks of added prompts that the device had held and evicted not long before.",
+        counter(lambda c: c.evicted_wanted_blocks),
+    ),
+    Metric(
         "pagemgr_cleared_blocks_total",
         "blocks",
         (),

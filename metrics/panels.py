@@ -161,6 +161,19 @@ PRESSURE = (
         "compare policies on your own trace with `pagemgr replay --policy all`.",
     ),
     Panel(
+        "Evicted, then wanted again",
+        "percentunit",
+        {
+            _WHO: _per(
+                _rate("pagemgr_evicted_wanted_blocks_total", "pool, instance"),
+                _rate("pagemgr_evictions_total", "pool, instance"),
+            )
+        },
+        "Share of the evicted blocks that a prompt asked for not long after. Above a fifth the pool thrashes: enlarge "
+        "it, give it a host cache (pool.host_cache), or try another policy.",
+        warn=0.2,
+    ),
+    Panel(
         "How long a cached block stays",
         "s",
         {

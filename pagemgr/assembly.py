@@ -20,7 +20,7 @@ from .pins import Pins
 from .plan import Ints, Plan, Promotion, Transfer
 from .pool import BlockState, Fence
 from .preemption import Preemption, plan_preemption
-from .prefix import Namespace, PrefixIndex
+from .prefix import DIGEST_BYTES, Namespace, PrefixIndex
 from .second_level import SecondLevel
 from .sequences import Sequence, SequenceTable
 from .stats import Counters, Stats
@@ -195,6 +195,11 @@ class Assembly:
             self.counters.prefix_partial_hit_tokens += match.length % self.block_size
             self.counters.prefix_host_hit_tokens += match.columns_below * self.block_size
             self.counters.prefix_collisions += match.collisions
+            if self.tiers[DEVICE].pool.num_evicted:
+                missed = match.dropped[0] + int(np.count_nonzero(match.blocks[0] >= 0))
+                self.counters.evicted_wanted_blocks += self.tiers[DEVICE].wanted_again(
+                    arrival.names[0][missed * DIGEST_BYTES :]
+                )
 
     # Fences and references ------------------------------------------------------------------------------------------
 

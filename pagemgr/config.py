@@ -12,104 +12,36 @@ other module reads the environment.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError, InvalidInput
-from .eviction import names as policy_names
 from .layout import BlockLayout, DType, KVDType, LayerGroup, group_layers
 from .native.build import DEFAULT_CACHE_DIR
 from .sources import Source, explain, from_environ, from_file, from_flags, leaves, merge, nested, refuse_unknown
-
-INT32_MAX = 2**31 - 1
-"""Block ids and sequence lengths are int32."""
+from .values import (
+    INT32_MAX,
+    Bytes,
+    Count,
+    Device,
+    Fraction,
+    Key,
+    Name,
+    Policy,
+    Share,
+    Token,
+    Whole,
+    Windows,
+    parse_bytes,
+)
 
 MAX_SEQ_LEN_CAP = 131_072
 """Tokens; the longest sequence unless ``pool.max_seq_len`` says otherwise, so that a large pool keeps narrow tables."""
 
-MIN_TOKEN = 16
-"""Characters of the service's token."""
-
 ENV_PREFIX = "PAGEMGR_"
-
-_UNITS = {"b": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes from a count or from text such as ``"4GiB"``, ``"512 MiB"`` or ``"1.5GB"``; ``InvalidInput`` otherwise."""
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    if isinstance(size, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", size.strip(), re.ASCII)):
-        number, unit = match[1], match[2].lower() or "b"
-        if unit in _UNITS:
-            return int(number) * _UNITS[unit] if number.isdigit() else int(float(number) * _UNITS[unit])
-    raise InvalidInput(f'must be bytes as a whole number or as text like "4GiB", "512MiB" or "1.5GB", got {size!r}')
-
-
-def _checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
-    """A validator that keeps the value as it was written."""
-
-    def validate(value: Any) -> Any:
-        check(value)
-        return value
-
-    return validate
-
-
-def _no_bool(value: object) -> None:
-    if isinstance(value, bool):
-        raise InvalidInput("must be a number")
-
-
-def _split(value: object) -> object:
-    """Numbers with commas between them, as flags and variables have them."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _long_enough(secret: SecretStr) -> None:
-    if not 16 <= len(secret.get_secret_value().encode()) <= 64:
-        raise InvalidInput("must be 16 to 64 bytes")
-
-
-def _known_policy(name: str) -> None:
-    if name not in policy_names():
-        raise InvalidInput(f"must be one of {', '.join(policy_names())}")
-
-
-def _known_device(name: str) -> None:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name, re.ASCII):
-        raise InvalidInput("must be auto, cpu, cuda or cuda:N")
-
-
-def _hard_to_guess(token: SecretStr) -> None:
-    text = token.get_secret_value()
-    if len(text) < MIN_TOKEN or not re.fullmatch(r"[!-~]+", text, re.ASCII):
-        raise InvalidInput(f"must be at least {MIN_TOKEN} visible ASCII characters: try openssl rand -hex 16")
-
-
-Whole = Annotated[int, BeforeValidator(_checked(_no_bool)), Field(ge=0, le=INT32_MAX)]
-Count = Annotated[Whole, Field(ge=1)]
-Share = Annotated[float, BeforeValidator(_checked(_no_bool)), Field(gt=0, le=1)]
-Bytes = Annotated[int | str, BeforeValidator(_checked(parse_bytes))]
-Name = Annotated[str, Field(min_length=1)]
-Windows = Annotated[tuple[Whole, ...], BeforeValidator(_split)]
 
 _CHOICES = (("num_blocks", "size", "memory_share"), ("host_blocks", "host_size"))
 """Settings of the pool that exclude each other: a source that sets one replaces whichever a weaker source set."""
@@ -190,7 +122,7 @@ class PoolConfig(_Section):
     host_cache: Literal["off", "inclusive", "exclusive"] = "off"
     """Whether evicted blocks go down to host memory and come up when a prompt needs them, and whether they then stay
     there as well (inclusive) or leave room for others (exclusive)."""
-    watermark: Annotated[float, BeforeValidator(_checked(_no_bool)), Field(ge=0, lt=1)] = 0.0
+    watermark: Fraction = 0.0
     """Share of the blocks that a new sequence must leave for those that run."""
     rollback: Whole = 64
     """Tokens by which a sequence can be cut back at any time though some layers have a sliding window."""
@@ -215,16 +147,16 @@ class PrefixConfig(_Section):
     """Match new sequences against cached prefixes."""
     verify_hits: bool = False
     """Compare token ids on a hit, and not names alone."""
-    secret: Annotated[SecretStr, AfterValidator(_checked(_long_enough))] | None = None
+    secret: Key | None = None
     """Key of the names of prefixes, 16 to 64 bytes, so that nobody without it can tell what a name stands for."""
-    pin_share: Annotated[float, BeforeValidator(_checked(_no_bool)), Field(ge=0, le=1)] = 0.25
+    pin_share: Fraction = 0.25
     """Share of the device blocks that one owner may pin."""
 
 
 class EvictionConfig(_Section):
     """Which cached blocks are given up first."""
 
-    policy: Annotated[str, AfterValidator(_checked(_known_policy))] = "lru"
+    policy: Policy = "lru"
     """Name of the eviction policy: lru, lfu, s3fifo, hit_density, or one from the entry points of pagemgr.eviction."""
 
 
@@ -250,7 +182,7 @@ class ServiceConfig(_Section):
     """Address to listen on. Whoever reaches it can read the state of the pool."""
     port: Annotated[Whole, Field(le=65535)] = 8620
     """Port to listen on; 0 takes a free one."""
-    token: Annotated[SecretStr, AfterValidator(_checked(_hard_to_guess))] | None = None
+    token: Token | None = None
     """What a client must know to change anything; nothing can be changed unless given. Other users of the machine see
     what is typed: say it in the variable PAGEMGR_SERVICE__TOKEN or in a file."""
 
@@ -277,7 +209,7 @@ class Config(_Section):
 
     model: ModelConfig
     pool: PoolConfig
-    device: Annotated[str, AfterValidator(_checked(_known_device))] = "auto"
+    device: Device = "auto"
     """Where the blocks live: "cpu", "cuda", "cuda:1", or "auto", which is cuda where there is one."""
     backend: Name = "auto"
     """What computes attention: a name that "pagemgr doctor" lists, "auto", which is the best that can run, or the path

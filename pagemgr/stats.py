@@ -36,6 +36,8 @@ class Counters:
     """Blocks that came up from the host tier because a prompt needed them."""
     cleared_blocks: int = 0
     """Cached blocks that ``clear`` forgot."""
+    evicted_wanted_blocks: int = 0
+    """Blocks of added prompts that the device had held and evicted."""
     duplicate_blocks: int = 0
     """Blocks that two sequences computed at once; the later one was given back."""
     cow_copies: int = 0
@@ -50,6 +52,7 @@ class Counters:
     failures: dict[str, int] = field(
         default_factory=lambda: {
             "out_of_blocks": 0,
+            "out_of_host_blocks": 0,
             "out_of_sequences": 0,
             "sequence_too_long": 0,
             "pin_quota_exceeded": 0,

@@ -15,7 +15,7 @@ from .eviction import Blocks, make_policy
 from .ids import TokenArray
 from .layout import NULL_BLOCK
 from .pool import BlockPool, BlockState, Ints
-from .prefix import PrefixIndex, split_names
+from .prefix import DIGEST_BYTES, PrefixIndex, split_names
 
 Groups = npt.NDArray[np.uint8]
 Origin = tuple[str, str] | None
@@ -32,16 +32,33 @@ class Tier:
         self.events = events
         self.index = index
         self.pool = BlockPool(num_blocks, make_policy(policy, num_blocks, index), name, debug)
+        self._ghosts = np.zeros(1 << (num_blocks - 1).bit_length(), dtype=np.uint32)
+        """Fingerprints of the names that were evicted last: a lossy table, a place by name."""
         self.digest = 0
         """Running checksum of every block given out or shared, in order: equal on ranks that decided alike."""
 
     def take(self, blocks: Blocks) -> None:
         """Give out what ``pool.peek`` returned."""
         evicted = self.pool.take(blocks)
+        if len(evicted):
+            places, prints = self._ghosts_of(self.index.names_of(evicted))
+            self._ghosts[places] = prints
         if self.events.heard:
             self._tell_removed(evicted, "evicted")
         self.index.forget(evicted)
         self.note(blocks)
+
+    def wanted_again(self, names: bytes) -> int:
+        """How many of these names were evicted not long ago; each is counted once for each time that it was."""
+        places, prints = self._ghosts_of(names)
+        again = places[self._ghosts[places] == prints]
+        self._ghosts[again] = 0
+        return len(again)
+
+    def _ghosts_of(self, names: bytes) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        digests = np.frombuffer(names, dtype="<u8").reshape(-1, DIGEST_BYTES // 8)
+        prints: npt.NDArray[np.uint32] = (digests[:, 1] | np.uint64(1)).astype(np.uint32)  # 0 is an empty place
+        return digests[:, 0] & np.uint64(len(self._ghosts) - 1), prints
 
     def share(self, blocks: Blocks, times: Ints | int = 1) -> None:
         """More references to distinct blocks that hold something."""

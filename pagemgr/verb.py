@@ -33,6 +33,8 @@ class Verb:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         reason = _REFUSALS.get(kind) if kind is not None else None
+        if isinstance(error, OutOfBlocks) and error.tier == "host":
+            reason = "out_of_host_blocks"
         if reason is not None:
             self._counters.failures[reason] += 1
         self._lock.release()

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from pagemgr.config import MAX_SEQ_LEN_CAP, PoolConfig, parse_bytes
+from pagemgr.config import MAX_SEQ_LEN_CAP, PoolConfig
 from pagemgr.layout import DType, KVDType, LayerGroup
+from pagemgr.values import parse_bytes
 
 from .output import amount, print_json, print_table
 from .shape import Shape, read_shape

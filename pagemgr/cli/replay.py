@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import track
 
 from pagemgr.assembly import HOST_CACHES
-from pagemgr.config import Config, ModelConfig, PoolConfig, parse_bytes
+from pagemgr.config import Config, ModelConfig, PoolConfig
 from pagemgr.eviction import names
 from pagemgr.recording import is_log
 from pagemgr.replay import Replay, Sample, replay
 from pagemgr.traces import read_trace
+from pagemgr.values import parse_bytes
 
 from .calls import print_log
 from .comparison import compare, draw

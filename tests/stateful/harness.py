@@ -75,7 +75,7 @@ class Harness(RuleBasedStateMachine):
         self.events: list[Event] = []
         self.stale: list[Sequence] = []
         self.past: list[list[int]] = [[]]
-        self.refused = dict.fromkeys(COUNTED.values(), 0)
+        self.refused = dict.fromkeys([*COUNTED.values(), "out_of_host_blocks"], 0)
         for prompt in ([0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 1]):
             self.added(self.manager.add(prompt), prompt, Namespace())
 
@@ -130,7 +130,8 @@ class Harness(RuleBasedStateMachine):
         if isinstance(refused, PagemgrError):
             assert vars(raised.value) == vars(refused)
         if kind in COUNTED:
-            self.refused[COUNTED[kind]] += 1
+            host = getattr(raised.value, "tier", None) == "host"
+            self.refused["out_of_host_blocks" if host else COUNTED[kind]] += 1
         return None
 
     def named(self, rows: list[Row]) -> list[Sequence]:

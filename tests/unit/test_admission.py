@@ -94,6 +94,19 @@ def test_managers_with_other_secrets_give_other_names(make: Make) -> None:
 
 
 @KIND
+def test_what_is_wanted_soon_after_its_eviction_is_counted(make: Make) -> None:
+    manager = make(33, 2)
+    manager.free([filled(manager, [1, 2, 3, 4, 5])])
+    assert manager.stats().counters.evicted_wanted_blocks == 0
+    manager.free([filled(manager, [9] * 63)])  # evicts both
+    for expected in (2, 2):  # counted once
+        manager.free([manager.add([1, 2, 3, 4, 5])])
+        assert manager.stats().counters.evicted_wanted_blocks == expected
+    manager.free([manager.add([7, 7, 7])])
+    assert manager.stats().counters.evicted_wanted_blocks == 2
+
+
+@KIND
 def test_the_watermark_is_left_to_those_that_run(make: Make) -> None:
     manager = make(11, 2, watermark=3)
     a = filled(manager, [1] * 8)

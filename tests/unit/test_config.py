@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pagemgr.config import INT32_MAX, Config, MetricsConfig, ModelConfig, PoolConfig, load, parse_bytes
+from pagemgr.config import Config, MetricsConfig, ModelConfig, PoolConfig, load
 from pagemgr.errors import ConfigError, InvalidInput
 from pagemgr.layout import BlockLayout, DType, KVDType
+from pagemgr.values import INT32_MAX, parse_bytes
 
 MODEL = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8}
 BLOCK = 2 * 2 * 2 * 8 * 4 * 16  # bytes of a block of MODEL: layers, roles, heads, dim, float32, tokens
