@@ -113,7 +113,7 @@ def test_events_are_told_in_runs_newest_first_and_without_names(cache: pagemgr.P
 def test_the_manager_makes_events_only_while_somebody_asks(
     cache: pagemgr.PagedKVCache, server: ASGIApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "IDLE_SECONDS", 0.4)
     assert not cache.manager.events.heard
     document(server, "stats")
     assert not cache.manager.events.heard
