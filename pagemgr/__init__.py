@@ -29,6 +29,7 @@ from .errors import (
     TransferFailed,
     UnsupportedFeature,
     UsageError,
+    WrongProcess,
     WrongTier,
 )
 from .manager import BlockManager
@@ -72,6 +73,7 @@ __all__ = [
     "TransferFailed",
     "UnsupportedFeature",
     "UsageError",
+    "WrongProcess",
     "WrongTier",
     "open",
 ]

@@ -16,6 +16,7 @@ from .events import EventLog, Subscription
 from .eviction import Blocks
 from .ids import Tokens, pack_tokens
 from .native.build import DEFAULT_CACHE_DIR
+from .ownership import OneProcess
 from .pins import Pins
 from .plan import Ints, Plan, Promotion, Transfer
 from .pool import BlockState, Fence
@@ -36,7 +37,7 @@ _NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 _NO_BLOCKS: Blocks = np.zeros(0, dtype=np.int32)
 
 
-class Assembly:
+class Assembly(OneProcess):
     """See ``BlockManager``."""
 
     def __init__(

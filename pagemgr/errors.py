@@ -18,6 +18,7 @@
     │   ├── SequenceBusy          the sequence has steps in flight, or is on its way between tiers
     │   ├── WrongTier             the sequence is in the other tier
     │   ├── StepOrderError        steps commit oldest first and abort newest first, once each
+    │   ├── WrongProcess          a manager or cache that came through fork()
     │   └── InvalidInput          a value of the wrong type, shape or range
     └── InternalError             an invariant of pagemgr is broken: a bug in pagemgr, please report it
 
@@ -167,6 +168,14 @@ class WrongTier(UsageError):
 
 class StepOrderError(UsageError):
     """Steps commit oldest first and abort newest first, each exactly once."""
+
+
+class WrongProcess(UsageError):
+    """A manager was called in a child of its process. Attributes: ``owner`` and ``current``, process ids."""
+
+    def __init__(self, owner: int, current: int) -> None:
+        self.owner, self.current = owner, current
+        super().__init__(f"this manager belongs to process {owner}, not to {current}: make one after fork()")
 
 
 class InvalidInput(UsageError, ValueError):

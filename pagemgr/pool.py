@@ -46,6 +46,8 @@ class BlockState(IntEnum):
 
 _STATES = len(BlockState)
 NULL, FREE, OPEN, FULL, CACHED, FENCED = map(int, BlockState)  # numpy compares plain integers faster
+MOST_REFERENCES = 2**31 - 1
+"""Of one block: they are counted in int32."""
 Ints = npt.NDArray[np.int64]
 
 
@@ -137,6 +139,9 @@ class BlockPool:
         if self._checked and (states <= FREE).any():
             nothing = blocks[states <= FREE][:8].tolist()
             raise InternalError(f"reference to {self.tier} blocks that hold nothing: {nothing}{self._past(nothing)}")
+        held = (self.refs[blocks] + times).astype(np.int32)
+        if self._checked and len(blocks) and held.min() < 1:  # past int32 it wraps
+            raise InternalError(f"more than {MOST_REFERENCES} references to {self.tier} blocks {blocks[held < 1][:8]}")
         if self.watch is not None:
             self.watch.note(blocks, "shared")
         idle = states >= CACHED
@@ -144,7 +149,7 @@ class BlockPool:
             self.policy.hit(blocks[states == CACHED])
             back = np.where(self.published[blocks[idle]], FULL, OPEN)
             self._recount(blocks[idle], states[idle], back)
-        self.refs[blocks] += times
+        self.refs[blocks] = held
 
     def release(self, blocks: Blocks, times: Ints | int = 1, fences: tuple[Fence, ...] = ()) -> None:
         """Drop references to distinct blocks, ``times`` of each.

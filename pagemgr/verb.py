@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from .errors import OutOfBlocks, OutOfSequences, PinQuotaExceeded, SequenceTooLong
+from .ownership import OneProcess
 from .stats import Counters
 from .tier import Tier
 
@@ -16,13 +17,14 @@ _REFUSALS: dict[type[BaseException], str] = {
 }
 
 
-class Verb:
+class Verb(OneProcess):
     """Runs a verb under the lock, once the blocks whose fences have passed are collected, and counts its refusal."""
 
     def __init__(self, lock: threading.RLock, tiers: tuple[Tier, ...], counters: Counters) -> None:
         self._lock, self._tiers, self._counters = lock, tiers, counters
 
     def __enter__(self) -> None:
+        self.require_process()  # before the lock: a thread that does not exist here may hold it
         self._lock.acquire()
         try:
             for tier in self._tiers:

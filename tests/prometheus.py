@@ -22,7 +22,7 @@ RATE = "3s"
 """What a panel's rates and a rule's windows are taken over."""
 PATIENT = "1500ms"
 """How long an alert's condition must hold."""
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds to wait for anything; it takes two or three."""
 
 

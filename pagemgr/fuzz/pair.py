@@ -24,12 +24,17 @@ from pagemgr.manager import BlockManager
 from pagemgr.plan import Plan, Transfer
 from pagemgr.prefix import Namespace
 from pagemgr.sequences import Sequence
-from pagemgr.stats import TierStats
+from pagemgr.stats import Counters, TierStats
 
 from .model import Flight, Model, Move, Part, Row
 
 Refusal = PagemgrError | type[PagemgrError] | None
 Answer = TypeVar("Answer")
+_COUNTED = {
+    "OutOfBlocks": "out_of_blocks",
+    "OutOfSequences": "out_of_sequences",
+    "SequenceTooLong": "sequence_too_long",
+}
 _STATES = ("null", "free", "open", "full", "cached", "fenced")
 
 
@@ -86,6 +91,7 @@ class Pair:
 
     def call(self, verb: Callable[..., Answer], *args: Any, refused: Refusal = None) -> Answer | None:
         """Call the manager. None if it refused as it has to."""
+        self.settle()
         try:
             answer = verb(*args)
         except PagemgrError as error:
@@ -141,7 +147,7 @@ class Pair:
 
     # Steps --------------------------------------------------------------------------------------------------------
 
-    def reserve(self, parts: list[Part]) -> None:
+    def reserve(self, parts: list[Part]) -> Plan | None:
         """A step of these parts, if there is room."""
         refused = self._reserve_refusal(parts)
         given = [part.new if part.early else len(part.new) for part in parts]
@@ -149,6 +155,7 @@ class Pair:
         if plan is not None:
             self._compare_plan(plan, parts)
             self.plans[self.model.flights[-1]] = plan
+        return plan
 
     def commit(self, told: list[bool]) -> None:
         """The oldest step; ids that were not given at reserve are told now, or never."""
@@ -157,15 +164,17 @@ class Pair:
         self.call(self.manager.commit, self.plans.pop(flight), None if all(new is None for new in late) else late)
         self.model.commit([part.early or new is not None for part, new in zip(flight.parts, late, strict=True)])
 
-    def abort(self, flight: Flight) -> None:
-        """This step, if it is the newest of all its rows."""
+    def abort(self, flight: Flight) -> bool:
+        """This step, if it is the newest of all its rows; whether it was."""
         newest = all(self.model.flying(part.row)[-1] is flight for part in flight.parts if part.row.live)
         self.call(self.manager.abort, self.plans[flight], refused=None if newest else StepOrderError)
         if newest:
             self.model.abort(flight)
             del self.plans[flight]
+        return newest
 
     def _reserve_refusal(self, parts: list[Part]) -> Refusal:
+        self.settle()
         rows = [part.row for part in parts]
         if any(row.tier == "host" for row in rows):
             return WrongTier
@@ -192,6 +201,8 @@ class Pair:
             slots += [table[at // size] * size + at % size for at in ends]
         counts = [len(part.new) for part in parts]
         assert plan.slot_mapping.tolist() == slots
+        assert plan.num_tokens == sum(counts)
+        assert plan.seq_lens.tolist() == [part.start + len(part.new) for part in parts]
         assert plan.query_start.tolist() == [sum(counts[:i]) for i in range(len(parts) + 1)]
         copies = [(c.source, c.target, *pair) for c in plan.copies for pair in c.pairs.tolist()]
         assert sorted(copies) == sorted(("device", "device", parts[i].row.blocks[-1], tails[i]) for i in tails)
@@ -199,21 +210,25 @@ class Pair:
 
     # Tiers --------------------------------------------------------------------------------------------------------
 
-    def swap(self, rows: list[Row], target: str) -> None:
-        """Begin to move rows to the other tier."""
+    def swap(self, rows: list[Row], target: str) -> Move | None:
+        """Begin to move rows to the other tier, if there is room."""
         verb = self.manager.swap_out if target == "host" else self.manager.swap_in
         if not self.sizes.num_host_blocks:
             self.call(verb, self._named(rows), refused=InvalidInput)
-            return
+            return None
         refused: Refusal = self._busy(rows) or (WrongTier if any(row.tier == target for row in rows) else None)
         if not refused:
             missing, held = self.model.plan_move(rows, target)
             refused = self._out_of_blocks(target, len(missing), held.values())
         transfer = self.call(verb, self._named(rows), refused=refused)
-        if transfer is not None:
-            move = self.model.begin(rows, target, dict(p for copies in transfer.copies for p in copies.pairs.tolist()))
-            assert [blocks.tolist() for blocks in transfer.moved] == move.moved
-            self.transfers[move] = transfer
+        if transfer is None:
+            return None
+        pairs = [pair for copies in transfer.copies for pair in copies.pairs.tolist()]
+        assert transfer.num_copied == len(pairs) == len(dict(pairs))
+        move = self.model.begin(rows, target, dict(pairs))
+        assert [blocks.tolist() for blocks in transfer.moved] == move.moved
+        self.transfers[move] = transfer
+        return move
 
     def finish(self, move: Move, after: Event | None) -> None:
         """The move is done."""
@@ -241,11 +256,8 @@ class Pair:
             assert table.blocks[at, : table.num_blocks[at]].tolist() == row.blocks
             assert (int(table.computed[at]), int(table.committed[at])) == (row.computed, row.known)
         assert self.manager.lengths(self._named(model.rows)).tolist() == [row.computed for row in model.rows]
-        counters, totals = stats.counters, model.totals
-        assert (counters.prefix_query_tokens, counters.prefix_hit_tokens) == (totals["query"], totals["hit"])
-        assert (counters.steps_committed, counters.steps_aborted) == (totals["commits"], totals["aborts"])
-        assert (counters.cow_copies, counters.duplicate_blocks) == (totals["copies"], totals["duplicates"])
-        assert counters.tokens_committed == totals["tokens"]
+        self._compare_counters(stats.counters)
+        self._compare_prefixes()
 
     def _compare_tier(self, tier: TierStats) -> None:
         states, totals = Counter(self.model.states(tier.name).values()), self.model.pools[tier.name].totals
@@ -255,6 +267,27 @@ class Pair:
         assert tier.references == self.model.references(tier.name).total()
         assert tier.waste_slots == self.model.waste(tier.name)
 
+    def _compare_counters(self, counters: Counters) -> None:
+        totals = self.model.totals
+        assert (counters.prefix_query_tokens, counters.prefix_hit_tokens) == (totals["query"], totals["hit"])
+        assert (counters.steps_committed, counters.steps_aborted) == (totals["commits"], totals["aborts"])
+        assert (counters.cow_copies, counters.duplicate_blocks) == (totals["copies"], totals["duplicates"])
+        assert counters.tokens_committed == totals["tokens"]
+        for direction in ("out", "in"):
+            moved = (counters.swapped_blocks[direction], counters.swapped_sequences[direction])
+            assert moved == (totals[f"blocks {direction}"], totals[f"sequences {direction}"])
+            assert counters.swap_failures[direction] == totals[f"cancel {direction}"]
+        assert counters.failures == {reason: self.refused[name] for name, reason in _COUNTED.items()}
+        assert counters.invariant_violations == 0
+
+    def _compare_prefixes(self) -> None:
+        """Children go before their parents: whatever can be matched can be reached from the first token on."""
+        for pool in self.model.pools.values():
+            names = set(pool.names.values())
+            for namespace, tokens in names:
+                parent = tokens[: -self.sizes.block_size]
+                assert not parent or (namespace, parent) in names
+
     def _named(self, rows: list[Row]) -> list[Sequence]:
         return [self.handles[row] for row in rows]
 
@@ -263,6 +296,7 @@ class Pair:
 
     def _out_of_blocks(self, tier: str, needed: int, spared: Collection[int] = ()) -> OutOfBlocks | None:
         """The refusal that ``needed`` blocks must meet; ``spared`` cannot be evicted for them."""
+        self.settle()
         states = self.model.states(tier)
         available = sum(state in ("free", "cached") and block not in spared for block, state in states.items())
         fenced = sum(state == "fenced" for state in states.values())

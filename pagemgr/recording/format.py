@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pagemgr.errors import PagemgrError
 from pagemgr.manager import BlockManager
@@ -62,8 +62,8 @@ def outcome(answer: object) -> dict[str, Any]:
         case list():
             return {"gave": [[handle.row, handle.generation, handle.num_cached_tokens] for handle in answer]}
         case Plan():
-            said = [answer.block_table, answer.query_start, answer.slot_mapping]
-            return {"gave": _fingerprint(said, answer.copies)}
+            arrays: tuple[npt.NDArray[Any], ...] = answer.block_table, answer.query_start, answer.slot_mapping
+            return {"gave": _fingerprint(arrays, answer.copies)}
         case Transfer():
             return {"gave": _fingerprint(answer.moved, answer.copies)}
     return {"gave": None}
@@ -80,6 +80,8 @@ def digest(manager: BlockManager) -> str:
     return "-".join(f"{tier.digest:08x}" for tier in manager.tiers)
 
 
-def _fingerprint(arrays: Iterable[Any], copies: tuple[Copies, ...]) -> str:
-    moved = [[group.source, group.target, group.pairs.tolist()] for group in copies]
-    return blake2b(json.dumps([[array.tolist() for array in arrays], moved]).encode(), digest_size=8).hexdigest()
+def _fingerprint(arrays: Iterable[npt.NDArray[Any]], copies: tuple[Copies, ...]) -> str:
+    said = blake2b(digest_size=8)
+    for name, array in (*(("", array) for array in arrays), *((f"{c.source} {c.target}", c.pairs) for c in copies)):
+        said.update(f"{name} {array.shape}".encode() + array.astype("<i8").tobytes())
+    return said.hexdigest()

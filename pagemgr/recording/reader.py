@@ -102,6 +102,8 @@ def _made(line: str, path: str) -> tuple[dict[str, Any], BlockManager]:
         header = json.loads(line)
         if header[MARK] != FORMAT:
             raise InvalidInput(f"{path} has format {header[MARK]}, this version reads {FORMAT}")
+        if "cache_dir" in header["manager"]:
+            raise InvalidInput(f"{path}, line 1: no log says from where to load libraries, but this one: cache_dir")
         return header["manager"], BlockManager(**header["manager"])
     except (ValueError, KeyError, TypeError, OperatingError) as error:
         if isinstance(error, InvalidInput):

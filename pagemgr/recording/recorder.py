@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pagemgr.errors import ConfigError
 from pagemgr.manager import BlockManager
 from pagemgr.plan import Plan, Transfer
@@ -50,6 +52,7 @@ class RecordingManager(BlockManager):
 
     def _record(self, verb: str, bound: inspect.BoundArguments, method: Callable[..., Any]) -> Any:
         """Make a call with exactly what was written of its arguments."""
+        self.require_process()  # a child shares the file
         with self._lock:
             if self._is_writing:  # a verb that a fence calls while it is asked is part of the call that asks
                 return method(*bound.args, **bound.kwargs)
@@ -139,9 +142,9 @@ class Scribe:
         self._answers[str(number)] = answer
 
     def plain(self, value: object) -> tuple[Any, Any]:
-        """Numbers and rows of numbers."""
+        """Numbers and rows of numbers; an array is passed on, as it means what its list does and is packed faster."""
         said = plain(value)
-        return said, said
+        return (value if isinstance(value, np.ndarray) and said is not UNSAYABLE else said), said
 
     def sequence(self, value: Any) -> tuple[Any, Any]:
         """One handle, with what a fork inherits."""
@@ -152,7 +155,7 @@ class Scribe:
     def sequences(self, value: Any) -> tuple[Any, Any]:
         """Handles, or a batch of them."""
         if isinstance(value, Batch):
-            return value, [_pair(handle) for handle in value.sequences]
+            return value, np.stack([value.rows, value.generations], axis=1).tolist()
         try:
             handles = [handle if isinstance(handle, Sequence) else UNSAYABLE for handle in value]
         except TypeError:

@@ -14,7 +14,7 @@ import pytest
 # Bottom to top: a unit (a module, or a whole folder) imports only from rows below its own.
 LAYERS = (
     ("errors",),
-    ("events",),
+    ("events", "ownership"),
     ("layout", "eviction", "stats", "sources", "ids"),
     ("native",),
     ("watch", "values"),

@@ -178,6 +178,19 @@ def test_the_pool_refuses_before_anything_changes(verb: Callable[[BlockPool], No
     pool.check(references(pool, b1=1))
 
 
+@pytest.mark.parametrize("times", [3, np.array([1, 3])], ids=["all", "each"])
+def test_references_do_not_overflow(times: int | np.ndarray) -> None:
+    pool = pool_of(4)
+    take(pool, 2)
+    pool.refs[2] = 2**31 - 3
+    before = _counts(pool)
+    with pytest.raises(InternalError, match=r"more than 2147483647 references to device blocks \[2\]"):
+        pool.acquire(ids(1, 2), times)
+    assert _counts(pool) == before
+    pool.acquire(ids(1, 2), 2)
+    assert pool.refs[2] == 2**31 - 1
+
+
 def test_only_an_unfenced_open_block_of_one_owner_is_writable() -> None:
     pool = pool_of(8)
     take(pool, 6)

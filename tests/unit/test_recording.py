@@ -21,6 +21,7 @@ from pagemgr.cache import PagedKVCache
 from pagemgr.config import Config
 from pagemgr.errors import InvalidInput, PagemgrError, StaleSequence, StepOrderError
 from pagemgr.eviction import names
+from pagemgr.fuzz.driver import fuzz
 from pagemgr.manager import BlockManager
 from pagemgr.prefix import Namespace
 from pagemgr.recording import RecordingManager, replay_log
@@ -85,6 +86,15 @@ def test_a_random_run_is_reproduced(recording: Make, log: Path, seed: int, compi
     assert any("fences" in line for line in lines(log))
     other = edited(log, lambda changed: changed[0]["manager"].update(compiled=not compiled))
     assert replay_log(other).difference is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_fuzzed_run_is_reproduced(recording: Make, log: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagemgr.fuzz.pair.BlockManager", recording)
+    outcome = fuzz(seed, range(1, 301), check_every=50)
+    found = replay_log(log)
+    assert found.difference is None
+    assert lines(log)[-1]["digest"] == outcome.digest
 
 
 @pytest.mark.parametrize("policy", names())
