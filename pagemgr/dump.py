@@ -43,14 +43,15 @@ class TierDump:
     blanks: Blocks
     """The stack of free blocks, last one next."""
     held: Blocks
-    """Blocks that transfers, steps and pins hold, once for each reference."""
+    """Blocks that pins, transfers and steps hold besides the sequences, once for each reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceDump:
-    """One live sequence in one layer group. Lengths in tokens."""
+    """One live sequence in one layer group: a row of the block table. Lengths in tokens."""
 
     row: int
+    """Of the sequence: its row in group 0."""
     group: int
     generation: int
     tier: str
@@ -60,8 +61,9 @@ class SequenceDump:
     last_step: int
     """Newest step in flight, 0 for none, -1 while it moves between tiers."""
     dropped: int
-    """Blocks at its beginning that left the group's window."""
+    """Blocks that left the group's window and were given back."""
     blocks: Blocks
+    """Those that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,12 @@ class Dump:
     block_size: int
     block_bytes: int
     """0 where only the manager was there to ask, which knows no bytes."""
+    windows: tuple[int, ...]
+    """By layer group: tokens that its layers see, 0 for all."""
     stats: Stats
     tiers: tuple[TierDump, ...]
     sequences: tuple[SequenceDump, ...]
+    """Those of group 0 first, then those of group 1 and so on."""
 
 
 def take(manager: BlockManager, block_bytes: int = 0) -> Dump:
@@ -83,6 +88,7 @@ def take(manager: BlockManager, block_bytes: int = 0) -> Dump:
         return Dump(
             block_size=manager.block_size,
             block_bytes=block_bytes,
+            windows=tuple(window or 0 for window in table.windows),
             stats=manager.stats(),
             tiers=tuple(
                 TierDump(
@@ -123,6 +129,7 @@ def to_document(dump: Dump) -> dict[str, Any]:
         "format": FORMAT,
         "block_size": dump.block_size,
         "block_bytes": dump.block_bytes,
+        "windows": list(dump.windows),
         "stats": asdict(dump.stats),
         "tiers": [_plain(tier) for tier in dump.tiers],
         "sequences": [_plain(sequence) for sequence in dump.sequences],
@@ -138,6 +145,7 @@ def from_document(document: object) -> Dump:
         return Dump(
             block_size=_whole(document, "block_size"),
             block_bytes=_whole(document, "block_bytes"),
+            windows=tuple(map(int, document["windows"])),
             stats=TypeAdapter(Stats).validate_python(document["stats"]),
             tiers=tuple(_tier(tier) for tier in document["tiers"]),
             sequences=tuple(_sequence(sequence) for sequence in document["sequences"]),
@@ -240,11 +248,17 @@ def _of_tier(dump: Dump, tier: TierDump) -> Iterator[str]:
 
 
 def _of_sequence(dump: Dump, one: SequenceDump) -> Iterator[str]:
-    who = f"sequence in row {one.row}" + (f", group {one.group}" if one.group else "")
+    if not 0 <= one.group < len(dump.windows):
+        yield f"row {one.row}: is in a layer group that does not exist: {one.group}"
+        return
+    who = f"row {one.row}" + (f", group {one.group}" if len(dump.windows) > 1 else "")
     if not 0 <= one.committed <= one.computed <= one.reserved:
         yield f"{who}: committed {one.committed} ≤ computed {one.computed} ≤ reserved {one.reserved} does not hold"
-    if len(one.blocks) != (needed := -(-one.reserved // dump.block_size) - one.dropped):
+    needed = -(-one.reserved // dump.block_size) - one.dropped
+    if len(one.blocks) != needed:
         yield f"{who}: has {len(one.blocks)} blocks, {one.reserved} tokens need {needed}"
+    if one.dropped * dump.block_size > (one.computed if dump.windows[one.group] else 0):
+        yield f"{who}: gave back {one.dropped} blocks, more than left a window of {dump.windows[one.group]} tokens"
     if (one.blocks == NULL_BLOCK).any():
         yield f"{who}: names the null block"
     if len(np.unique(one.blocks)) != len(one.blocks):

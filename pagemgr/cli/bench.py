@@ -164,15 +164,15 @@ def _backends(device: torch.device) -> Iterator[Figure]:
 def _decode(cache: PagedKVCache) -> Iterator[Figure]:
     sequences = cache.add_many([()] * BATCH)
     manager, layer = cache.manager, cache.storage.layers[0]
-    for part in (layer.key, layer.value):
-        part.normal_()
+    layer.key.normal_()
+    layer.value.normal_()
     manager.commit(manager.reserve(sequences, [CONTEXT] * BATCH))
     query = torch.randn(BATCH, HEADS * GROUP, DIM, device=cache.device).to(layer.key.dtype)
     key = torch.randn(BATCH, HEADS, CONTEXT + 1, DIM, device=cache.device).to(layer.key.dtype)
     value = torch.randn_like(key)
     flat_key, flat_value, one = key.flatten(), value.flatten(), query.unsqueeze(2)
     with cache.step(sequences, [1] * BATCH) as step:
-        batch, params = step.batches[0], AttentionParams()
+        (batch,), params = step.batches, AttentionParams()
         times = _medians(
             {
                 "paged": lambda: cache.backend.attention(query, layer, batch, params),

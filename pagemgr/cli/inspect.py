@@ -12,7 +12,7 @@ import click
 from pagemgr.dump import Dump, from_document, problems
 from pagemgr.errors import InvalidInput
 from pagemgr.metrics import bytes_by_cause
-from pagemgr.service.summary import health, largest_sequences, shared_prefixes
+from pagemgr.service.summary import health, largest_sequences, num_sequences, shared_prefixes
 
 from .output import print_json, print_table
 
@@ -40,9 +40,12 @@ def command(ctx: click.Context, dump: Path, limit: int, as_json: bool) -> None:
         print_json({"problems": found, "tiers": tiers, "largest": largest, "prefixes": prefixes})
     else:
         unit = "bytes" if pool.block_bytes else "slots"
-        print_table(f"where the {unit} are", tuple(tiers[0]), [tuple(map(_grouped, tier.values())) for tier in tiers])
+        columns = tuple(dict.fromkeys(name for tier in tiers for name in tier))  # a tier has causes of its own
+        print_table(
+            f"where the {unit} are", columns, [[_grouped(tier.get(name)) for name in columns] for tier in tiers]
+        )
         click.echo()
-        _list(f"largest of {len(pool.sequences)} sequences", largest)
+        _list(f"largest of {num_sequences(pool)} sequences", largest)
         _list("shared prefixes", prefixes)
         for problem in found:
             click.echo(f"problem: {problem}", err=True)
@@ -80,5 +83,5 @@ def _list(title: str, rows: list[dict[str, Any]]) -> None:
     click.echo()
 
 
-def _grouped(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _grouped(value: object) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None if value is None else str(value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pagemgr.config import MAX_SEQ_LEN_CAP, PoolConfig
-from pagemgr.layout import DType
+from pagemgr.layout import DType, KVDType, LayerGroup
 from pagemgr.values import parse_bytes
 
 from .output import amount, print_json, print_table
@@ -19,6 +20,7 @@ from .shape import Shape, read_shape
 BLOCK_SIZES = (1, 8, 16, 32, 64, 128, 256)
 FAST_COPY = 64 * 1024
 """Bytes from which copies between host and device come close to what the link gives (tests/bench/RESULTS.md)."""
+ROLLBACK: int = PoolConfig.model_fields["rollback"].default
 MAX_SEQUENCES: int = PoolConfig.model_fields["max_sequences"].default
 FEW = 16
 """Sequences at once, below which each counts."""
@@ -39,8 +41,8 @@ class Plan:
 
     @property
     def block_bytes(self) -> int:
-        """Of one block, all layers."""
-        return self.shape.token_bytes * self.block_size
+        """Of one block, which holds the layers of one group."""
+        return len(self.shape.groups[0].layers) * self.shape.layer_bytes * self.block_size
 
     @property
     def num_blocks(self) -> int:
@@ -49,8 +51,14 @@ class Plan:
 
     @property
     def blocks_per_sequence(self) -> int:
-        """At the planned context."""
-        return -(-self.context // self.block_size)
+        """At the planned context, in all groups."""
+        return sum(self._blocks_of(group) for group in self.shape.groups)
+
+    def _blocks_of(self, group: LayerGroup) -> int:
+        whole = -(-self.context // self.block_size)
+        if group.window is None:
+            return whole
+        return min(-(-(group.window + ROLLBACK) // self.block_size) + 1, whole)
 
     @property
     def sequences(self) -> int:
@@ -60,7 +68,7 @@ class Plan:
     @property
     def longest(self) -> int:
         """Tokens that one sequence can have if it has the pool for itself."""
-        return max(self.num_blocks - 1, 0) * self.block_size
+        return max(self.num_blocks - 1, 0) // len(self.shape.groups) * self.block_size
 
     @property
     def sequence_bytes(self) -> int:
@@ -104,19 +112,17 @@ def advice(plan: Plan) -> Iterator[str]:
             f"but set pool.block_size = {larger} if you swap: a block is {amount(plan.block_bytes)}, and copies below "
             f"{amount(FAST_COPY)} are slower than the link"
         )
-    if shape.windowed_layers:
-        kept = min(plan.context, shape.window)
-        needed = plan.context * shape.num_layers + kept * shape.windowed_layers
-        share = needed / (plan.context * (shape.num_layers + shape.windowed_layers))
+    if 0 < plan.sequences < FEW and shape.kv_dtype is KVDType.auto and not shape.latent_dim and not shape.head_dim % 2:
+        quantised = replace(plan, shape=replace(shape, kv_dtype=KVDType.float8_e4m3fn))
         yield (
-            f"{shape.windowed_layers} layers attend to their last {shape.window:,} tokens alone: kept in a group of "
-            f"their own, a sequence of {plan.context:,} tokens needs {share:.0%} of what is planned here"
+            f"set model.kv_dtype = {KVDType.float8_e4m3fn.value} if the model bears it: "
+            f"{quantised.sequences} sequences at once instead of {plan.sequences}"
         )
     if shape.latent_dim:
         yield "the model keeps one latent for all heads (MLA): these are its sizes; blocks hold K and V per head today"
     if 0 < plan.sequences < FEW:
         more = (plan.sequences + 1) * plan.blocks_per_sequence + 1
-        each = (plan.num_blocks - 1) // (plan.sequences + 1) * plan.block_size
+        each = (plan.num_blocks - 1) // (plan.sequences + 1) // len(shape.groups) * plan.block_size
         missing = amount(more * plan.block_bytes - plan.memory)
         yield f"for one more sequence at once, give {missing} more memory, or plan for at most {each:,} tokens each"
 
@@ -129,6 +135,7 @@ def advice(plan: Plan) -> Iterator[str]:
 @click.option(
     "--dtype", type=click.Choice([kind.value for kind in DType]), help="Of K and V; the model's unless given."
 )
+@click.option("--kv-dtype", type=click.Choice([kind.value for kind in KVDType]), default="auto", help="As stored.")
 @click.option("--memory", required=True, help='For the pool, on each rank, such as "40GiB": what weights leave free.')
 @click.option(
     "--context", type=click.IntRange(1), help="Tokens of a sequence; what the model was made for unless given."
@@ -143,6 +150,7 @@ def command(
     kv_heads: int | None,
     head_dim: int | None,
     dtype: str | None,
+    kv_dtype: str,
     memory: str,
     context: int | None,
     block_size: int,
@@ -158,6 +166,7 @@ def command(
     """
     kind = None if dtype is None else DType(dtype)
     shape = _by_hand(layers, kv_heads, head_dim, kind) if model is None else read_shape(model, kind)
+    shape = replace(shape, kv_dtype=KVDType(kv_dtype))
     tokens = context or shape.max_context
     if tokens is None:
         raise click.UsageError("give --context: the model does not say how long its sequences are")
@@ -180,7 +189,7 @@ def command(
 def _by_hand(layers: int | None, kv_heads: int | None, head_dim: int | None, dtype: DType | None) -> Shape:
     if layers is None or kv_heads is None or head_dim is None:
         raise click.UsageError("give --model, or --layers, --kv-heads and --head-dim")
-    return Shape(layers, kv_heads, kv_heads, head_dim, dtype or DType.bfloat16)
+    return Shape((0,) * layers, kv_heads, kv_heads, head_dim, dtype or DType.bfloat16)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -199,12 +208,13 @@ def _document(plan: Plan) -> dict[str, Any]:
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    shape = plan.shape
-    yield (
-        "a token",
-        f"{amount(shape.token_bytes)}: {shape.num_layers + shape.windowed_layers} layers, {shape.dtype.value}",
-    )
-    yield "a block", f"{amount(plan.block_bytes)}: {plan.block_size} tokens"
+    shape, groups = plan.shape, plan.shape.groups
+    stored = shape.dtype.value if shape.kv_dtype is KVDType.auto else f"{shape.kv_dtype.value} and scales"
+    yield "a token", f"{amount(shape.token_bytes)}: {len(shape.windows)} layers, {stored}"
+    yield "a block", f"{amount(plan.block_bytes)}: {plan.block_size} tokens, {len(groups[0].layers)} layers"
+    if len(groups) > 1:
+        counts = Counter(f"the last {group.window:,} tokens" if group.window else "all tokens" for group in groups)
+        yield "layer groups", ", ".join(f"{count} that keep {kept}" for kept, count in counts.items())
     yield "blocks", f"{plan.num_blocks:,} in {amount(plan.memory)}, one of them reserved"
     yield "sequences at once", f"{plan.sequences:,} of {plan.context:,} tokens, {amount(plan.sequence_bytes)} each"
     yield "the longest alone", f"{plan.longest:,} tokens"
@@ -227,11 +237,16 @@ def _settings(plan: Plan) -> Iterator[str]:
     shape = plan.shape
     yield "# pagemgr.toml: pagemgr config validate pagemgr.toml"
     yield "[model]"
-    yield f"num_layers = {shape.num_layers + shape.windowed_layers}"
+    yield f"num_layers = {len(shape.windows)}"
     yield f"num_kv_heads = {shape.num_kv_heads}"
-    yield f"num_q_heads = {shape.num_q_heads}"
+    if shape.num_q_heads != shape.num_kv_heads:
+        yield f"num_q_heads = {shape.num_q_heads}"
     yield f"head_dim = {shape.head_dim}"
     yield f'dtype = "{shape.dtype.value}"'
+    if shape.kv_dtype is not KVDType.auto:
+        yield f'kv_dtype = "{shape.kv_dtype.value}"'
+    if any(shape.windows):
+        yield f"windows = {list(shape.windows)}"
     yield "[pool]"
     yield f"size = {plan.memory}"
     yield f"block_size = {plan.block_size}"

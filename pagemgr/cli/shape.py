@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pagemgr.errors import InvalidInput
-from pagemgr.layout import DType
+from pagemgr.layout import BlockLayout, DType, KVDType, LayerGroup, group_layers
 
 KEEPS_NO_KV = ("linear_attention", "mamba", "recurrent", "conv")
 """Kinds of layers, or beginnings of them, whose state does not grow with the sequence."""
@@ -19,29 +19,34 @@ KEEPS_NO_KV = ("linear_attention", "mamba", "recurrent", "conv")
 class Shape:
     """The whole model, before it is split over ranks."""
 
-    num_layers: int
-    """Layers that keep K and V of every token."""
+    windows: tuple[int, ...]
+    """Of each layer that keeps K and V: the tokens that it sees, 0 for all."""
     num_kv_heads: int
     num_q_heads: int
     head_dim: int
     dtype: DType
+    kv_dtype: KVDType = KVDType.auto
     max_context: int | None = None
     """Tokens that the model was made for."""
-    windowed_layers: int = 0
-    """Layers beside those that attend to the last ``window`` tokens alone."""
-    window: int = 0
     latent_dim: int = 0
     """Elements a layer and token of a latent cache (MLA), for all heads; 0 where K and V are kept per head."""
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of one token in one layer."""
-        return (self.latent_dim or 2 * self.num_kv_heads * self.head_dim) * self.dtype.itemsize
+        if self.latent_dim:
+            return self.latent_dim * self.dtype.itemsize
+        return BlockLayout(1, self.num_kv_heads, self.head_dim, 1, self.dtype, self.kv_dtype).token_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in all layers, windowed ones included."""
-        return (self.num_layers + self.windowed_layers) * self.layer_bytes
+        """Bytes of one token in all layers, those with a window included."""
+        return len(self.windows) * self.layer_bytes
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Layers that keep the same tokens, as the cache groups them."""
+        return group_layers([window or None for window in self.windows])
 
     def split(self, ranks: int) -> Shape:
         """What each of ``ranks`` keeps under tensor parallelism; a latent cannot be split, and is kept by all."""
@@ -79,29 +84,26 @@ def _shape(config: Mapping[str, Any], dtype: DType | None) -> Shape:
     kv_heads = config.get("num_key_value_heads") or q_heads
     head_dim = config.get("head_dim") or _count(config, "hidden_size", "n_embd") // q_heads
     latent = config.get("kv_lora_rank") or 0
-    windowed, window, stateless = _kinds(config, layers)
     return Shape(
-        num_layers=layers - windowed - stateless,
+        windows=_windows(config, layers),
         num_kv_heads=int(kv_heads),
         num_q_heads=q_heads,
         head_dim=int(head_dim),
         dtype=dtype or _dtype(config),
         max_context=config.get("max_position_embeddings") or config.get("n_positions"),
-        windowed_layers=windowed,
-        window=window,
         latent_dim=latent + config["qk_rope_head_dim"] if latent else 0,
     )
 
 
-def _kinds(config: Mapping[str, Any], layers: int) -> tuple[int, int, int]:
-    """Layers with a window, the window, and layers without K and V."""
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     window, kinds = config.get("sliding_window") or 0, config.get("layer_types")
     if isinstance(kinds, list):
-        windowed = sum(kind == "sliding_attention" for kind in kinds) if window else 0
-        return windowed, window, sum(str(kind).startswith(KEEPS_NO_KV) for kind in kinds)
-    used = window and config.get("use_sliding_window", True)
-    pattern = config.get("sliding_window_pattern") or 0  # one layer in so many attends to everything
-    return (layers - layers // pattern if pattern else layers, window, 0) if used else (0, 0, 0)
+        kept = [str(kind) for kind in kinds if not str(kind).startswith(KEEPS_NO_KV)]
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kept)
+    if not config.get("use_sliding_window", True):
+        window = 0
+    every = config.get("sliding_window_pattern") or 0  # one layer in so many sees everything
+    return tuple(0 if every and (layer + 1) % every == 0 else window for layer in range(layers))
 
 
 def _dtype(config: Mapping[str, Any]) -> DType:

@@ -9,7 +9,7 @@ receives them is the business of the program's own OpenTelemetry setup.
     span                    log record, level         attributes
     pagemgr.reserve         reserve: failed, warning  reason, requested, available, fenced, tier
     pagemgr.swap            swapped out, info         direction, sequences, blocks, bytes, seconds
-    pagemgr.tier.copy       copied between tiers, debug  source, target, blocks, bytes, seconds
+    pagemgr.tier.copy       copied between tiers, debug  way, blocks, bytes, seconds
 
 A failed one has the attribute ``error`` and, as a span, the status and the exception. ``seconds`` are those of the
 call: on a GPU the bytes may still be under way when it returns.
@@ -93,15 +93,15 @@ class _Watch:
 
     def copies(self, execute: Verb) -> Verb:
         @functools.wraps(execute)
-        def watched(copies: Any) -> Any:
+        def watched(copies: Any, *args: Any, **kwargs: Any) -> Any:
             between = [group for group in copies if group.source != group.target]
             if not between:
-                return execute(copies)
+                return execute(copies, *args, **kwargs)
             with self._span("pagemgr.tier.copy", "copied between tiers", logging.DEBUG) as figures:
                 blocks = sum(len(group.pairs) for group in between)
-                figures |= {"source": between[0].source, "target": between[0].target}
-                figures |= {"blocks": blocks, "bytes": blocks * self._cache.layout.block_bytes}
-                return execute(copies)
+                ways = dict.fromkeys(f"{group.source} to {group.target}" for group in between)
+                figures |= {"way": ", ".join(ways), "blocks": blocks, "bytes": blocks * self._cache.layout.block_bytes}
+                return execute(copies, *args, **kwargs)
 
         return watched
 

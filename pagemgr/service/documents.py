@@ -4,7 +4,7 @@ stats       the pool in figures: utilisation, hit ratio, bytes by cause, every c
 tiers       each tier: blocks by state, bytes by cause, how it is
 blocks      the block map, in as many cells as asked for
 sequences   the largest sequences, and the prefixes that several share
-events      what became available or was forgotten since somebody began to ask
+events      the newest events of the manager's log
 config      the settings in force
 history     what the curves over time are drawn from
 """
@@ -20,7 +20,7 @@ from pagemgr.errors import InvalidInput
 from pagemgr.metrics import bytes_by_cause
 
 from .reader import Reader
-from .summary import block_map, health, largest_sequences, shared_prefixes
+from .summary import block_map, health, largest_sequences, num_sequences, shared_prefixes
 
 Document = dict[str, Any]
 Query = Mapping[str, str]
@@ -84,15 +84,15 @@ def sequences(reader: Reader, query: Query) -> Document:
     """The ``limit`` largest sequences, and as many prefixes that several sequences share."""
     limit, dump = _number(query, "limit", 20, MOST_SEQUENCES), reader.look().dump
     return {
-        "total": len(dump.sequences),
+        "total": num_sequences(dump),
         "largest": largest_sequences(dump, limit),
         "prefixes": shared_prefixes(dump, limit),
     }
 
 
 def events(reader: Reader, _: Query) -> Document:
-    """Runs of events since somebody began to ask, newest first."""
-    return {"events": reader.events()}
+    """Runs of events since somebody began to ask for them, newest first."""
+    return {"events": reader.listener.runs()}
 
 
 def config(reader: Reader, _: Query) -> Document:

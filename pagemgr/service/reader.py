@@ -10,21 +10,16 @@ from typing import Any
 
 from pagemgr.cache import PagedKVCache
 from pagemgr.dump import Dump, take
-from pagemgr.errors import EventsLost
-from pagemgr.events import Event, Subscription
 from pagemgr.metrics import bytes_by_cause
 from pagemgr.stats import Stats
+
+from .listener import Listener
 
 SHARED_SECONDS = 0.4
 """As long as this, everybody is shown the same look: a thousand viewers cost the pool as much as one."""
 HISTORY_SECONDS = 1.0
 """Between two points of the curve."""
 HISTORY_POINTS = 900
-SHOWN_EVENTS = 50
-LOOKED_AT = 20_000
-"""Newest events that are looked at, so that runs of them can be told in one line."""
-LISTENING_SECONDS = 15.0
-"""After this long without a question nobody listens to the pool's events, so that they cost nothing again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +35,12 @@ class Reader:
 
     def __init__(self, cache: PagedKVCache) -> None:
         self.cache = cache
+        self.listener = Listener(cache.manager)
         self._lock = threading.Lock()
         self._look: Look | None = None
         self._age = 0.0
         self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY_POINTS)
         self._next_point = 0.0
-        self._events: deque[Event] = deque(maxlen=LOOKED_AT)
-        self._subscription: Subscription | None = None
-        self._asked = 0.0
 
     def look(self) -> Look:
         """The pool now, or a moment ago."""
@@ -70,38 +63,8 @@ class Reader:
         with self._lock:
             return list(self._history)
 
-    def events(self) -> list[dict[str, Any]]:
-        """The newest events since somebody began to ask, newest first, runs of one kind in one tier as one."""
-        with self._lock:
-            self._asked = time.monotonic()
-            if self._subscription is None:
-                self._subscription = self.cache.manager.events.subscribe((), LOOKED_AT)
-            try:
-                self._events.extend(self._subscription.drain())
-            except EventsLost:
-                self._stop_listening()
-            runs: list[dict[str, Any]] = []
-            for event in reversed(self._events):
-                if runs and all(runs[-1][name] == getattr(event, name) for name in ("kind", "tier", "reason")):
-                    runs[-1]["first"] = event.number
-                    runs[-1]["blocks"] += len(event.names)
-                elif len(runs) == SHOWN_EVENTS:
-                    break
-                else:
-                    run = {name: getattr(event, name) for name in ("kind", "tier", "reason")}
-                    runs.append({"first": event.number, "last": event.number, **run, "blocks": len(event.names)})
-            return runs
-
-    def _stop_listening(self) -> None:
-        if self._subscription is not None:
-            self.cache.manager.events.unsubscribe(self._subscription)
-        self._subscription = None
-        self._events.clear()
-
     def _remember(self, stats: Stats) -> None:
         now = time.monotonic()
-        if self._subscription is not None and now - self._asked > LISTENING_SECONDS:
-            self._stop_listening()
         if now < self._next_point:
             return
         self._next_point = now + HISTORY_SECONDS

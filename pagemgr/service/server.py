@@ -30,6 +30,7 @@ from .runner import Workload
 CONNECTION_SECONDS = 10.0
 MOST_CONNECTIONS = 128
 BACKLOG = 128
+"""Connections that wait to be accepted, and that are accepted at most before those too many are closed."""
 START_SECONDS = 10.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 EVERY_ADDRESS = ("0.0.0.0", "::")
@@ -127,6 +128,7 @@ def serve(
         http=_Connection,
         ws="none",
         loop="asyncio",
+        backlog=BACKLOG,
         lifespan="on",
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=1,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pagemgr.dump import Dump, SequenceDump, TierDump
-from pagemgr.layout import NULL_BLOCK
+from pagemgr.eviction import Blocks
 from pagemgr.pool import BlockState
 from pagemgr.sequences import IDLE, MOVING
 from pagemgr.stats import TierStats
@@ -43,7 +43,8 @@ def block_map(tier: TierDump, most_cells: int) -> dict[str, Any]:
 def largest_sequences(dump: Dump, limit: int) -> list[dict[str, Any]]:
     """The sequences with most blocks, largest first, older rows first among equals."""
     refs = {tier.name: tier.refs for tier in dump.tiers}
-    chosen = sorted(dump.sequences, key=lambda one: (-len(one.blocks), one.row))[:limit]
+    held = _by_sequence(dump)
+    chosen = sorted(_first_group(dump), key=lambda one: (-len(held[one.row]), one.row))[:limit]
     return [
         {
             "row": one.row,
@@ -51,9 +52,9 @@ def largest_sequences(dump: Dump, limit: int) -> list[dict[str, Any]]:
             "tier": one.tier,
             "doing": _doing(one),
             "tokens": one.computed,
-            "blocks": len(one.blocks),
-            "shared_blocks": int((refs[one.tier][one.blocks] > 1).sum()),
-            "bytes": len(one.blocks) * dump.block_bytes,
+            "blocks": len(held[one.row]),
+            "shared_blocks": int((refs[one.tier][held[one.row]] > 1).sum()),
+            "bytes": len(held[one.row]) * dump.block_bytes,
         }
         for one in chosen
     ]
@@ -62,18 +63,21 @@ def largest_sequences(dump: Dump, limit: int) -> list[dict[str, Any]]:
 def shared_prefixes(dump: Dump, limit: int) -> list[dict[str, Any]]:
     """Families of sequences that start with the same block: how far all of them agree, and what sharing saves.
 
+    The block is that of group 0, whose layers see most; what is saved is that of all groups.
+
     The families that save most come first. A prefix is known by the block it begins with; what it says stays unknown.
     """
     families: defaultdict[tuple[str, int], list[SequenceDump]] = defaultdict(list)
-    for one in dump.sequences:
-        if len(one.blocks) and one.blocks[0] != NULL_BLOCK:
+    for one in _first_group(dump):
+        if len(one.blocks) and not one.dropped:
             families[one.tier, int(one.blocks[0])].append(one)
+    blocks = _by_sequence(dump)
     held = {tier.name: np.zeros(len(tier.state), dtype=np.bool_) for tier in dump.tiers}
     found: list[dict[str, Any]] = []
     for (tier, first), members in families.items():
         if len(members) == 1:
             continue
-        entries = np.concatenate([one.blocks for one in members])
+        entries = np.concatenate([blocks[one.row] for one in members])
         held[tier][entries] = True
         saved = len(entries) - int(np.count_nonzero(held[tier]))
         held[tier][entries] = False
@@ -97,6 +101,23 @@ def health(tier: TierStats) -> str:
     if available == usable and not tier.cached:
         return "idle"
     return "full" if available == 0 else "tight" if available < TIGHT * usable else "ok"
+
+
+def num_sequences(dump: Dump) -> int:
+    """Live sequences."""
+    return len(_first_group(dump))
+
+
+def _first_group(dump: Dump) -> list[SequenceDump]:
+    return [one for one in dump.sequences if one.group == 0]
+
+
+def _by_sequence(dump: Dump) -> dict[int, Blocks]:
+    """The blocks of each sequence in all groups, by its row."""
+    parts: defaultdict[int, list[Blocks]] = defaultdict(list)
+    for one in dump.sequences:
+        parts[one.row].append(one.blocks)
+    return {row: np.concatenate(blocks) for row, blocks in parts.items()}
 
 
 def _doing(one: SequenceDump) -> str:

@@ -66,7 +66,7 @@ class _Traffic:
         self._waiting: deque[_Reply] = deque()
         self._running: list[_Reply] = []
         self._swapped: deque[_Reply] = deque()
-        self._most = min(MOST_RUNNING, cache.manager.table.live.size)
+        self._most = min(MOST_RUNNING, cache.manager.table.max_sequences)
 
     def step(self) -> None:
         """Fill up what runs, run one step, and let go of what is done."""
@@ -104,8 +104,11 @@ class _Traffic:
             reply = self._waiting[0]
             if not self._fits(len(reply.tokens)):
                 return
+            try:
+                reply.sequence = self._cache.add(reply.tokens[: reply.num_prompt])
+            except OutOfBlocks:  # it would not leave the watermark
+                return
             self._waiting.popleft()
-            reply.sequence = self._cache.add(reply.tokens[: reply.num_prompt])
             reply.computed = reply.sequence.num_cached_tokens
             self._running.append(reply)
 

@@ -147,45 +147,33 @@ def test_long_heads_are_refused(server: Server, said: bytes) -> None:
 # Connections --------------------------------------------------------------------------------------------------------
 
 
-def test_thousands_of_connections_leave_the_process_its_descriptors(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_thousands_of_connections_leave_the_process_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a server of its own: what the kernel still has of them arrives for seconds after they are closed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < CONNECTIONS + 512:
         pytest.skip(f"needs {CONNECTIONS + 512} file descriptors, the limit is {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, CONNECTIONS + 512), hard))
-    monkeypatch.setattr(serving, "CONNECTION_SECONDS", 2.0)
-    clients = []
+    monkeypatch.setattr(serving, "CONNECTION_SECONDS", 60.0)
+    clients, counts, server = [], [0], make_cache().serve()
+    connections = server._server.server_state.connections
     try:
         for _ in range(CONNECTIONS):
-            client = socket.create_connection(("127.0.0.1", server.port), timeout=5)
-            client.sendall(b"GET /")
+            client = socket.socket()
+            client.setblocking(False)  # more than may wait are tried again by the kernel, and not waited for here
+            client.connect_ex(("127.0.0.1", server.port))
             clients.append(client)
-        kept = sum(len(part) for part in serving_connections(server))
-        assert 0 < kept <= serving.MOST_CONNECTIONS
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:  # while all of them are still held open at the other end
-            try:
-                if ask(server, "/healthz")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            pytest.fail("nobody else is answered any more")
+            counts.append(len(connections))
+        deadline = time.monotonic() + 20
+        while (counts[-1] > serving.MOST_CONNECTIONS or len(counts) < CONNECTIONS + 50) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            counts.append(len(connections))
+        assert 0 < counts[-1] <= serving.MOST_CONNECTIONS  # while all are still open at the other end
+        assert max(counts) <= serving.MOST_CONNECTIONS + 2 * serving.BACKLOG
     finally:
         for client in clients:
             client.close()
+        server.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def serving_connections(server: Server) -> list[set[object]]:
-    """What uvicorn keeps, once it has accepted all that wait."""
-    state = server._server.server_state
-    seen = -1
-    while seen != state.total_requests + len(state.connections):
-        seen = state.total_requests + len(state.connections)
-        time.sleep(0.3)
-    return [set(state.connections)]
 
 
 def test_many_requests_at_once_are_all_answered(server: Server) -> None:

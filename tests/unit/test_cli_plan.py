@@ -16,6 +16,7 @@ from pagemgr.cli.shape import Shape, read_shape
 from pagemgr.config import Config
 from pagemgr.errors import InvalidInput
 from pagemgr.layout import DType
+from pagemgr.manager import BlockManager
 
 LLAMA_8B = {
     "num_hidden_layers": 32,
@@ -57,7 +58,7 @@ def test_an_8b_model(tmp_path: Path) -> None:
     assert said["swap_seconds"] == pytest.approx(32768 * 128 * 1024 / 25e9)
     assert said["waste_by_block_size"]["1"] == 0
     assert said["waste_by_block_size"]["16"] == pytest.approx(7.5 / 32775.5)
-    (one_more,) = said["advice"]
+    one_more = said["advice"][-1]
     assert "2.0 MiB more memory, or plan for at most 32,752 tokens each" in one_more
 
 
@@ -103,22 +104,56 @@ def test_ranks_share_the_heads(tmp_path: Path) -> None:
     assert (refused.exit_code, "8 K/V and 32 query heads do not split over 3" in refused.stderr) == (2, True)
 
 
-def test_windows_latents_and_layers_without_kv(tmp_path: Path) -> None:
+def test_layers_with_windows_get_groups_of_their_own(tmp_path: Path) -> None:
     path = Path(write(tmp_path, GEMMA))
-    assert read_shape(path) == Shape(4, 1, 4, 256, DType.bfloat16, None, 22, 512)
-    done = plan("--model", str(path), "--memory", "10GiB", "--context", "32768")
-    assert "22 layers attend to their last 512 tokens alone" in done.stdout
+    shape = read_shape(path)
+    assert shape == Shape((512, 512, 512, 512, 512, 0) * 4 + (512, 512), 1, 4, 256, DType.bfloat16)
+    done = plan("--model", str(path), "--memory", "1GiB", "--context", "32768")
+    assert "2 that keep all tokens, 11 that keep the last 512 tokens" in done.stdout
+    config = Config.model_validate(tomllib.loads(done.stdout[done.stdout.index("# pagemgr.toml") :]))
+    assert [len(group.layers) for group in config.layer_groups] == [len(group.layers) for group in shape.groups]
+    said = json.loads(plan("--model", str(path), "--memory", "1GiB", "--context", "32768", "--json").stdout)
+    assert said["block_bytes"] == config.layout.block_bytes
+    assert said["num_blocks"] == config.resolve_num_blocks()
+    # Two groups keep all of 2048 blocks, eleven keep 512 tokens and what a rollback of 64 may need.
+    assert said["sequence_bytes"] == (2 * 2048 + 11 * 37) * said["block_bytes"]
+    manager = BlockManager(
+        2 * 2048 + 11 * 37 + 1,
+        16,
+        max_seq_len=32768,
+        windows=tuple(group.window for group in shape.groups),
+        max_sequences=1,
+    )
+    sequence = manager.add()
+    for _ in range(32768 // 16):
+        manager.commit(manager.reserve([sequence], [16]))  # it fits, as planned
+    assert manager.stats().device.used <= 2 * 2048 + 11 * 37
+
+
+def test_quantised_models_count_their_scales(tmp_path: Path) -> None:
+    model = write(tmp_path, LLAMA_8B)
+    done = plan("--model", model, "--memory", "40GiB", "--context", "32768", "--kv-dtype", "int8", "--json")
+    assert json.loads(done.stdout)["token_bytes"] == 2 * 32 * 8 * (128 + 4)
+    said = plan("--model", model, "--memory", "40GiB", "--context", "32768").stdout
+    assert "set model.kv_dtype = float8_e4m3fn if the model bears it: 19 sequences at once instead of 9" in said
+
+
+def test_latents_layers_without_kv_and_old_names(tmp_path: Path) -> None:
+    path = tmp_path
     kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8
     write(tmp_path, {**LLAMA_8B, "layer_types": kinds})
-    assert (read_shape(path).num_layers, read_shape(path).windowed_layers) == (8, 0)
+    assert read_shape(path).windows == (0,) * 8
+    write(tmp_path, {**LLAMA_8B, "layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 128})
+    assert read_shape(path).windows == (128, 0) * 16
     write(tmp_path, {**LLAMA_8B, "kv_lora_rank": 512, "qk_rope_head_dim": 64})
     assert read_shape(path).token_bytes == 32 * 576 * 2
-    assert "MLA" in plan("--model", str(path), "--memory", "10GiB").stdout
-    assert "[pool]" not in plan("--model", str(path), "--memory", "10GiB").stdout
+    done = plan("--model", str(path), "--memory", "10GiB")
+    assert "MLA" in done.stdout
+    assert "[pool]" not in done.stdout
     write(tmp_path, {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "dtype": "float32"})
-    assert read_shape(path) == Shape(12, 12, 12, 64, DType.float32, 1024)
+    assert read_shape(path) == Shape((0,) * 12, 12, 12, 64, DType.float32, max_context=1024)
     write(tmp_path, {**LLAMA_8B, "sliding_window": 4096, "use_sliding_window": False})
-    assert read_shape(path).windowed_layers == 0
+    assert read_shape(path).windows == (0,) * 32
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,28 @@ SECRET_TOKEN = 1_234_567_891
 TENANT = "a tenant's name"
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "python"])
+@pytest.fixture(
+    params=[
+        {"compiled": True},
+        {"compiled": False},
+        {"windows": (None, 8), "rollback": 0},
+        {"host_cache": "inclusive"},
+        {"debug": 3},
+    ],
+    ids=["compiled", "python", "groups", "host cache", "debug"],
+)
 def manager(request: pytest.FixtureRequest) -> BlockManager:
-    """Shared and private blocks, a step in flight, a fence, a transfer under way, cached blocks, and a stolen tail."""
-    manager = BlockManager(64, 4, max_sequences=12, num_host_blocks=16, compiled=request.param)
+    """Shared and private blocks, a pin, a step in flight, a fence, a transfer under way, cached blocks."""
+    manager = BlockManager(64, 4, max_sequences=12, num_host_blocks=16, pin_quota=10, **request.param)
     namespace = Namespace(tenant=TENANT)
     first = manager.add([SECRET_TOKEN] * 10, namespace)
     manager.commit(manager.reserve([first], [[SECRET_TOKEN] * 10]))
+    manager.pin(first, TENANT)
     children = manager.fork(first, 2)
     manager.commit(manager.reserve(children, [[1, 2], [3]]))
-    other, leaving = manager.add_many([range(9), range(100, 107)])
-    manager.commit(manager.reserve([other, leaving], [range(9), range(100, 107)]))
+    other, leaving, gone = manager.add_many([range(20), range(100, 107), range(200, 208)])
+    manager.commit(manager.reserve([other, leaving, gone], [range(20), range(100, 107), range(200, 208)]))
+    manager.free([gone])
     manager.swap_out([leaving])
     manager.reserve([other], [[5]])
     manager.free([children[1]])
@@ -45,10 +56,11 @@ def test_it_says_what_the_manager_holds(manager: BlockManager) -> None:
     for tier, live in zip(dump.tiers, manager.tiers, strict=True):
         assert np.array_equal(tier.state, live.pool.state)
         assert np.array_equal(tier.refs, live.pool.refs)
-    rows = {one.row: one for one in dump.sequences}
-    assert sorted(rows) == np.flatnonzero(manager.table.live).tolist()
+    rows = sorted(one.row + one.group * manager.table.max_sequences for one in dump.sequences)
+    assert rows == np.flatnonzero(manager.table.live).tolist()
     assert {one.last_step for one in dump.sequences} >= {MOVING, 0}
-    assert len(dump.tiers[1].held) == 2
+    assert len(dump.tiers[1].held) == 2 * len(dump.windows)
+    assert dump.stats.device.pinned + len(dump.tiers[0].held) > 0
     assert problems(dump) == []
 
 
@@ -96,6 +108,8 @@ def test_neither_tokens_nor_names_nor_tenants_are_in_it(manager: BlockManager) -
         (lambda dump: _sequence(dump, committed=99), r"committed 99 ≤ computed 10 ≤ reserved 10 does not hold"),
         (lambda dump: _sequence(dump, reserved=30, computed=30), "has 3 blocks, 30 tokens need 8"),
         (lambda dump: _sequence(dump, reserved=12), "2 tokens are reserved, but no step is in flight"),
+        (lambda dump: _sequence(dump, dropped=1), "gave back 1 blocks, more than left a window of 0 tokens"),
+        (lambda dump: _sequence(dump, group=1), "is in a layer group that does not exist: 1"),
         (lambda dump: _sequence(dump, tier="moon"), "is in a tier that does not exist: 'moon'"),
         (lambda dump: _stats(dump, free=1), "1 blocks are counted as free, "),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -16,11 +17,15 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 import pagemgr
+from pagemgr.config import Config
 from pagemgr.errors import ConfigError
 from pagemgr.metrics import METRICS, bytes_by_cause, collector
-from pagemgr.service import Workload, app, reader, serve
+from pagemgr.service import Workload, app, listener, reader, serve
 from pagemgr.service.documents import DOCUMENTS
-from tests.serving import SECRET_TOKEN, TENANT, TOKEN, ask, document, make_cache, use
+from pagemgr.sources import leaves
+from tests.serving import SECRET_TOKEN, TENANT, TOKEN, ask, document, make_cache, run, use
+
+SECRET = re.compile(r"token$|secret|password|salt|credential|_key$")
 
 
 @pytest.fixture
@@ -89,32 +94,51 @@ def test_a_crowd_costs_the_pool_one_look(cache: pagemgr.PagedKVCache, monkeypatc
     assert taken == [1]
 
 
-def test_events_are_told_in_runs_newest_first(cache: pagemgr.PagedKVCache, server: ASGIApp) -> None:
+def test_events_are_told_in_runs_newest_first_and_without_names(cache: pagemgr.PagedKVCache, server: ASGIApp) -> None:
+    assert document(server, "events") == {"events": []}  # what was before is not told
+    for start in (0, 50):
+        sequence = cache.add([SECRET_TOKEN, *range(start, start + 11)])
+        run(cache, sequence, [SECRET_TOKEN, *range(start, start + 11)])
+        cache.free([sequence])
     cache.clear()
-    assert document(server, "events") == {"events": []}
-    sequences = [cache.add() for _ in range(3)]
-    for i, sequence in enumerate(sequences):
-        plan = cache.manager.reserve([sequence], [[100 + i] * cache.layout.block_size])
-        cache.manager.commit(plan)
-    cache.free(sequences)
-    first = cache.manager.events.number - 2
-    stored = {"first": first, "last": first + 2, "kind": "stored", "tier": "device", "reason": "computed", "blocks": 3}
-    assert document(server, "events")["events"][-1] == stored
-    cache.clear()
-    removed = document(server, "events")["events"][0]
-    assert (removed["kind"], removed["reason"], removed["blocks"]) == ("removed", "cleared", 3)
-    assert "names" not in removed
+    runs = document(server, "events")["events"]
+    assert [(one["kind"], one["reason"], one["tier"], one["blocks"]) for one in runs] == [
+        ("removed", "cleared", "device", 9),
+        ("stored", "computed", "device", 6),
+    ]
+    assert (runs[1]["first"], runs[1]["last"], runs[0]["first"]) == (1, 2, 3)
+    assert all(one.keys() == {"first", "last", "kind", "reason", "tier", "target", "blocks"} for one in runs)
 
 
-def test_nobody_listens_for_long(cache: pagemgr.PagedKVCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events cost the manager something, so they stop when nobody has asked for a while."""
-    watcher = reader.Reader(cache)
+def test_the_manager_makes_events_only_while_somebody_asks(
+    cache: pagemgr.PagedKVCache, server: ASGIApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "IDLE_SECONDS", 0.4)
     assert not cache.manager.events.heard
-    watcher.events()
+    document(server, "stats")
+    assert not cache.manager.events.heard
+    document(server, "events")
     assert cache.manager.events.heard
-    monkeypatch.setattr(reader, "LISTENING_SECONDS", -1.0)
-    watcher.sample()
+    deadline = time.monotonic() + 10
+    while cache.manager.events.heard and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not cache.manager.events.heard
+    document(server, "events")
+    assert cache.manager.events.heard
+
+
+def test_lost_events_are_told(cache: pagemgr.PagedKVCache, server: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MOST_WAITING", 2)
+    document(server, "events")
+    for start in range(0, 30, 10):
+        sequence = cache.add(range(start, start + 6))
+        run(cache, sequence, list(range(start, start + 6)))
+        cache.free([sequence])
+    runs = document(server, "events")["events"]
+    assert [one["reason"] for one in runs] == ["more than 2 events at once, which are not told", "computed"]
+    assert runs[1]["blocks"] == 2
+    cache.clear()
+    assert document(server, "events")["events"][0]["reason"] == "cleared"
 
 
 def test_metrics_are_those_of_the_collector(cache: pagemgr.PagedKVCache, server: ASGIApp) -> None:
@@ -215,6 +239,13 @@ def test_the_token_is_in_no_answer(cache: pagemgr.PagedKVCache, server: ASGIApp)
     assert document(server, "config")["service"]["token"] == "**********"
     assert TOKEN not in everything(server)
     assert TOKEN not in repr(cache.config)
+
+
+def test_every_secret_of_the_settings_is_masked() -> None:
+    named = {key: field for key, field in leaves(Config) if SECRET.search(key)}
+    assert named.keys() >= {"service.token", "prefix.secret"}
+    for key, field in named.items():
+        assert "SecretStr" in repr(field.annotation), f"{key} would be told by /api/v1/config"
 
 
 @pytest.mark.parametrize("token", ["2short", "with a space in it ok", "ümläuts-are-not-ascii"])

@@ -69,7 +69,7 @@ def test_a_swap_and_its_copy_are_told(
     copy, swap = map(told, spans[:2])
     block = cache.layout.block_bytes
     assert (swap["direction"], swap["sequences"], swap["blocks"], swap["bytes"]) == ("out", 1, 3, 3 * block)
-    assert (copy["source"], copy["target"], copy["blocks"], copy["bytes"]) == ("device", "host", 3, 3 * block)
+    assert (copy["way"], copy["blocks"], copy["bytes"]) == ("device to host", 3, 3 * block)
     assert 0 < copy["seconds"] <= swap["seconds"]  # type: ignore[operator]
     assert spans[0].parent.span_id == spans[1].context.span_id  # type: ignore[attr-defined]
     assert [record.levelname for record in caplog.records] == ["DEBUG", "INFO"] * 2

@@ -3,12 +3,18 @@
 const MOST_POINTS = 900;
 const HIT_WINDOW = 60; // seconds
 const SHORTEST = 60; // seconds that the time axis spans at least
-const CAUSES = ["full", "open_used", "tail_waste", "cached", "fenced", "free", "null"]; // bottom to top
-const CAUSE_COLORS = { full: "full", open_used: "open", tail_waste: "waste", cached: "cached", fenced: "fenced", free: "free", null: "null" };
+// Bottom to top, with the name of their colour.
+const CAUSES = {
+  full: "full", pinned: "pinned", open_used: "open", tail_waste: "waste", cached: "cached", fenced: "fenced",
+  free: "free", null: "null",
+};
 
 class Curves {
-  constructor() {
-    this.points = [];
+  // points: of the server, oldest first; causes: those that the pool tells bytes of
+  constructor(points, causes) {
+    const known = Object.keys(CAUSES).filter((cause) => causes.includes(cause));
+    this.points = points;
+    this.told = [...known, ...causes.filter((cause) => !known.includes(cause))];
     this.make();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { this.make(); this.draw(); });
     for (const [chart, parent] of [["ratios", "ratios"], ["causes", "causes"]]) {
@@ -22,12 +28,10 @@ class Curves {
     this.ratios = plot("ratios", (value) => `${Math.round(100 * value)} %`, [0, 1], [
       line("utilisation", "used", percent), line("hit ratio", "hits", percent),
     ], []);
-    const amounts = CAUSES.map((cause) => area(word(cause), CAUSE_COLORS[cause], (index) => bytes(this.points[index]?.bytes[cause] ?? 0)));
-    const bands = CAUSES.slice(1).map((_, i) => ({ series: [i + 2, i + 1] }));
+    const amounts = this.told.map((cause) => area(word(cause), CAUSES[cause] ?? "null", (index) => bytes(this.points[index]?.bytes[cause] ?? 0)));
+    const bands = this.told.slice(1).map((_, i) => ({ series: [i + 2, i + 1] }));
     this.causes = plot("causes", bytes, null, amounts, bands);
   }
-
-  begin(points) { this.points = points; }
 
   add(point) {
     const last = this.points.at(-1);
@@ -41,7 +45,7 @@ class Curves {
     const times = this.points.map((point) => point.time);
     set(this.ratios, [times, this.points.map((point) => point.utilization), this.points.map((_, i) => this.hits(i))]);
     const running = times.map(() => 0);
-    const stacked = CAUSES.map((cause) => this.points.map((point, i) => (running[i] += point.bytes[cause] ?? 0)));
+    const stacked = this.told.map((cause) => this.points.map((point, i) => (running[i] += point.bytes[cause] ?? 0)));
     set(this.causes, [times, ...stacked]);
   }
 

@@ -2,7 +2,7 @@
 
 const EVERY = 1000; // milliseconds
 const maps = new Map();
-const curves = new Curves();
+let curves; // made when it is known what there is to draw
 
 async function ask(name) {
   const answer = await fetch(`api/v1/${name}`, { signal: AbortSignal.timeout(8000) });
@@ -37,18 +37,24 @@ function showBlocks(found) {
   showLegend(found.tiers);
 }
 
+// The manager makes events only while somebody listens, which costs it something: ask while they are in sight.
+let eventsInSight = false;
+new IntersectionObserver((entries) => { eventsInSight = entries.at(-1).isIntersecting; })
+  .observe(document.getElementById("events"));
+
 async function tick() {
   const live = document.getElementById("live");
   try {
     const [stats, tiers, blocks, sequences, events] = await Promise.all(
-      ["stats", "tiers", `blocks?cells=${MOST_CELLS}`, "sequences", "events"].map(ask));
+      ["stats", "tiers", `blocks?cells=${MOST_CELLS}`, "sequences", ...(eventsInSight ? ["events"] : [])].map(ask));
+    curves ??= await begin(Object.keys(stats.bytes));
     curves.add({ time: stats.time, utilization: stats.utilization, bytes: stats.bytes,
       query_tokens: stats.counters.prefix_query_tokens, hit_tokens: stats.counters.prefix_hit_tokens });
     showStats(stats);
     showTiers(tiers);
     showBlocks(blocks);
     showSequences(sequences);
-    showEvents(events);
+    if (events) showEvents(events);
     live.dataset.state = "live";
     live.textContent = `live, ${clock(stats.time)}`;
   } catch (error) {
@@ -57,11 +63,12 @@ async function tick() {
   }
 }
 
+async function begin(causes) {
+  document.getElementById("config").textContent = JSON.stringify(await ask("config"), null, 2);
+  return new Curves((await ask("history")).points, causes);
+}
+
 async function run() {
-  try {
-    curves.begin((await ask("history")).points);
-    document.getElementById("config").textContent = JSON.stringify(await ask("config"), null, 2);
-  } catch (error) { /* the first tick says that nobody answers */ }
   for (;;) {
     if (!document.hidden) await tick();
     await new Promise((resolve) => setTimeout(resolve, EVERY));

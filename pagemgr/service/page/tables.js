@@ -62,6 +62,8 @@ function showPressure(counters, blockBytes) {
   const refused = Object.entries(counters.failures).map(([reason, calls]) => [`refused: ${word(reason)}`, whole(calls)]);
   table("pressure", [["what", (row) => row[0], "text"], ["how much", (row) => row[1]]], [
     ...refused, ["swapped out", moved("out")], ["swapped in", moved("in")],
+    ["evicted, kept in the host", `${whole(counters.demoted_blocks)} blocks`],
+    ["came up from the host", `${whole(counters.promoted_blocks)} blocks`],
     ["swaps that failed", whole(counters.swap_failures.out + counters.swap_failures.in)],
     ["copied on write", `${whole(counters.cow_copies)} blocks`], ["steps taken back", whole(counters.steps_aborted)],
   ], "");
@@ -70,8 +72,9 @@ function showPressure(counters, blockBytes) {
 function showEvents(found) {
   const number = (run) => run.first === run.last ? whole(run.last) : `${whole(run.first)}–${whole(run.last)}`;
   table("events", [
-    ["number", number], ["what", (run) => run.kind, "text"], ["tier", (run) => run.tier, "text"], ["blocks", (run) => whole(run.blocks)],
-  ], found.events, "No event since this page was opened.");
+    ["number", number], ["what", (run) => run.kind, "text"], ["why", (run) => run.reason, "text"],
+    ["where", (run) => run.target ? `${run.tier} → ${run.target}` : run.tier, "text"], ["blocks", (run) => whole(run.blocks)],
+  ], found.events, "No event since you came: nothing was stored, removed, moved or cleared.");
 }
 
 function showLegend(maps) {
