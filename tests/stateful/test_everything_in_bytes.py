@@ -229,7 +229,7 @@ class Engine:
         return True
 
 
-def run(windows: tuple[int | None, ...], host_cache: str, compiled: bool, seed: int = 0, calls: int = 900) -> Engine:
+def run(windows: tuple[int | None, ...], host_cache: str, compiled: bool, seed: int = 0, calls: int = 600) -> Engine:
     groups = len(windows)
     manager = BlockManager(
         1 + 16 * groups,
