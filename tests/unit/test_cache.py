@@ -263,7 +263,7 @@ def test_what_moved_is_reused_once_the_copy_is_done(
         cache.swap_out([seq])
     source = cache.manager.tiers[0 if direction == "out" else 1].pool
     used = source.num_blocks - 1 - source.available
-    monkeypatch.setattr(cache.storage, "execute", lambda copies: gate)
+    monkeypatch.setattr(cache.storage, "execute", lambda copies, swapping: gate)
     (cache.swap_out if direction == "out" else cache.swap_in)([seq])
     assert cache.stats().tiers[0 if direction == "out" else 1].fenced == used > 0
     gate.passed = True
