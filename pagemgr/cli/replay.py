@@ -102,10 +102,7 @@ def command(
         if not value:
             raise click.MissingParameter("A trace needs it.", ctx, param_hint=name, param_type="option")
     assert block_size is not None
-    for name in policies:
-        if name not in (ALL, *names()):
-            raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}", ctx, param_hint="--policy")
-    chosen = names() if ALL in policies else list(dict.fromkeys(policies))
+    chosen = _chosen(ctx, policies)
     model = ModelConfig(num_layers=num_layers, num_kv_heads=1, head_dim=1, windows=windows)  # type: ignore[arg-type]
     groups = Config(model=model, pool=PoolConfig(num_blocks=2)).layer_groups
     tiers = _Tiers(tuple(group.window for group in groups), host_blocks, host_cache)
@@ -120,6 +117,12 @@ def command(
         raise click.BadParameter(
             "compares bytes, not policies: give one --policy and one --blocks", ctx, None, "--with-data"
         )
+    _compare(trace, blocks, block_size, chosen, picture, as_json)
+
+
+def _compare(
+    trace: str, blocks: tuple[int, ...], block_size: int, chosen: list[str], picture: Path | None, as_json: bool
+) -> None:
     if picture is not None:
         require_matplotlib()
     comparison = compare(read_trace(trace), sorted(set(blocks)), block_size, chosen)
@@ -137,6 +140,13 @@ def command(
     else:
         title = f"{trace}: hit ratio by usable blocks (and how much of the gap to the optimum it closes)"
         print_table(title, ("policy", *(f"{size:,}" for size in comparison.blocks)), comparison.rows())
+
+
+def _chosen(ctx: click.Context, policies: tuple[str, ...]) -> list[str]:
+    for name in policies:
+        if name not in (ALL, *names()):
+            raise click.BadParameter(f"{name!r} is not one of {', '.join((ALL, *names()))}", ctx, param_hint="--policy")
+    return names() if ALL in policies else list(dict.fromkeys(policies))
 
 
 @dataclass(frozen=True, slots=True)
