@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from listener import Listener
+from pagemgr.fuzz.listener import Listener
 from managers import KINDS, Make, filled, run
 
 from pagemgr.errors import EventsLost
