@@ -60,7 +60,7 @@ class Assembly:
         cache_dir: str = DEFAULT_CACHE_DIR,
     ) -> None:
         _require_sizes(num_blocks, block_size, max_sequences, num_host_blocks)
-        _require_choices(host_cache, num_host_blocks, windows, debug)
+        _require_choices(host_cache, num_host_blocks, windows, debug, secret)
         _require_counts(rollback=rollback, watermark=watermark, pin_quota=pin_quota)
         most = (num_blocks - 1) * block_size
         self.max_seq_len = most if max_seq_len is None else max_seq_len
@@ -237,9 +237,13 @@ def _require_sizes(num_blocks: int, block_size: int, max_sequences: int, num_hos
         raise InvalidInput(f"{num_blocks=} must be at least 2, one being the null block, {num_host_blocks=} 0 or so")
 
 
-def _require_choices(host_cache: str, num_host_blocks: int, windows: tuple[int | None, ...], debug: int) -> None:
+def _require_choices(
+    host_cache: str, num_host_blocks: int, windows: tuple[int | None, ...], debug: int, secret: bytes
+) -> None:
     if debug not in range(HISTORY + 1):
         raise InvalidInput(f"debug must be from 0 to {HISTORY}, got {debug}")
+    if secret and not 16 <= len(secret) <= 64:
+        raise InvalidInput(f"secret must have from 16 to 64 bytes or none, got {len(secret)}")
     if host_cache not in HOST_CACHES:
         raise InvalidInput(f"host_cache must be one of {', '.join(HOST_CACHES)}, got {host_cache!r}")
     if host_cache != "off" and not num_host_blocks:
