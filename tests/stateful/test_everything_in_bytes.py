@@ -18,10 +18,10 @@ EVERY += ("pin", "unpin", "expire", "clear", "truncate", "let_pass", "run", "cop
 def run(windows: tuple[int | None, ...], host_cache: str, compiled: bool) -> Engine:
     groups = len(windows)
     engine = Engine(
-        700 + 10 * groups + len(host_cache),
+        1180 + 10 * groups + len(host_cache),
         num_blocks=1 + 14 * groups,
         block_size=2,
-        max_sequences=9,
+        max_sequences=5,
         max_seq_len=28,
         num_host_blocks=1 + 12 * groups,
         host_cache=host_cache,
