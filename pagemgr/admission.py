@@ -4,7 +4,8 @@ A group of full attention needs every block from the start. A group with a windo
 sees; what it holds besides is of no use, and a hit in one group is none where another cannot follow.
 
 After the last whole block, the leading tokens of one more are reused if some published block begins alike: the sequence
-starts inside that block, and copy-on-write gives it a copy of its own before it writes there.
+starts inside that block, and copy-on-write gives it a copy of its own before it writes there. As it holds both until
+then, that is done only where the rest of the prompt has room beside them: a prompt that fits fits with any hit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from .eviction import Blocks
 from .ids import TokenArray
+from .pool import BlockState
 from .prefix import DIGEST_BYTES, group_roots
 from .sequences import Prompt, Sequence, SequenceTable
 from .tier import Tier
@@ -166,8 +168,19 @@ def _with_tail(match: Match, arrival: Arrival, tier: Tier) -> Match:
         block, alike = tier.tail(parent, rest)
         common = min(common, alike)
         tails.append(block)
-    if not common:
+    if not common or not _has_room(match, np.array(tails, dtype=np.int32), arrival, tier):
         return match
     longer = tuple(np.append(blocks, np.int32(tail)) for blocks, tail in zip(match.blocks, tails, strict=True))
     below = tuple(np.append(blocks, np.int32(-1)) for blocks in match.below)
     return Match(match.length + common, match.dropped, longer, below, match.collisions)
+
+
+def _has_room(match: Match, tails: Blocks, arrival: Arrival, tier: Tier) -> bool:
+    """Whether all that is missing of a prompt, the copies of ``tails`` included, fits beside what it holds."""
+    size, pool = tier.index.block_size, tier.pool
+    missing = (-(-len(arrival.tokens) // size) - match.length // size) * len(tails)
+    missing += sum(int(np.count_nonzero(below >= 0)) for below in match.below)
+    held = np.concatenate([*match.blocks, tails])
+    if missing + len(held) <= pool.available:
+        return True
+    return missing + int(np.count_nonzero(pool.state[held[held >= 0]] == BlockState.cached)) <= pool.available

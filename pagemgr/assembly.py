@@ -62,9 +62,8 @@ class Assembly(OneProcess):
         cache_dir: str = DEFAULT_CACHE_DIR,
     ) -> None:
         _require_sizes(num_blocks, block_size, max_sequences, num_host_blocks)
-        _require_choices(
-            host_cache, num_host_blocks, windows, {"rollback": rollback, "watermark": watermark, "pin_quota": pin_quota}
-        )
+        _require_choices(host_cache, num_host_blocks, windows, debug, secret)
+        _require_counts(rollback=rollback, watermark=watermark, pin_quota=pin_quota)
         most = (num_blocks - 1) * block_size
         self.max_seq_len = most if max_seq_len is None else max_seq_len
         if not 1 <= self.max_seq_len <= most:
@@ -74,8 +73,6 @@ class Assembly(OneProcess):
         self.block_size, self.rollback, self.watermark = block_size, rollback, watermark
         self.prefix_caching, self.verify_hits, self._secret = prefix_caching, verify_hits, secret
         sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
-        if debug not in range(HISTORY + 1):
-            raise InvalidInput(f"debug must be from 0 to {HISTORY}, got {debug}")
         library = accelerator.load(cache_dir) if compiled and debug < HISTORY else None
         self.events = EventLog()
         make_index = partial(accelerator.NativeIndex, library=library) if library else PrefixIndex
@@ -242,14 +239,21 @@ def _require_sizes(num_blocks: int, block_size: int, max_sequences: int, num_hos
 
 
 def _require_choices(
-    host_cache: str, num_host_blocks: int, windows: tuple[int | None, ...], counts: dict[str, int]
+    host_cache: str, num_host_blocks: int, windows: tuple[int | None, ...], debug: int, secret: bytes
 ) -> None:
+    if debug not in range(HISTORY + 1):
+        raise InvalidInput(f"debug must be from 0 to {HISTORY}, got {debug}")
+    if secret and not 16 <= len(secret) <= 64:
+        raise InvalidInput(f"secret must have from 16 to 64 bytes or none, got {len(secret)}")
     if host_cache not in HOST_CACHES:
         raise InvalidInput(f"host_cache must be one of {', '.join(HOST_CACHES)}, got {host_cache!r}")
     if host_cache != "off" and not num_host_blocks:
         raise InvalidInput(f"host_cache={host_cache!r} needs host blocks, and there are none")
     if not windows or any(window is not None and window < 1 for window in windows):
         raise InvalidInput(f"windows must name at least one group, each None or at least 1 token, got {windows}")
+
+
+def _require_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 0:
             raise InvalidInput(f"{name} must not be negative, got {value}")

@@ -48,7 +48,7 @@ class BlockManager(Assembly):
 
     ``num_blocks`` and ``num_host_blocks`` include the null block of their tier; a host tier of 0 blocks means no
     swapping. ``max_seq_len`` is in tokens. ``windows`` has an entry for each layer group: the tokens that its layers
-    see, None for all; a sequence has a row for each group, and can be cut back by ``rollback`` tokens at any time.
+    see, None for all; a sequence has a row for each group, and the last ``rollback`` tokens that it ran can be cut.
     ``watermark`` blocks are left to running sequences when one is added, an owner may pin ``pin_quota`` blocks, and
     ``host_cache`` ("off", "inclusive", "exclusive") says whether evicted blocks go down to the host, and stay there
     when they come up. ``verify_hits`` compares token ids and not names alone; ``secret`` keys the names.

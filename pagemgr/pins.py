@@ -42,6 +42,9 @@ class Pins:
     def __len__(self) -> int:
         return len(self._pins)
 
+    def __contains__(self, pin: object) -> bool:
+        return isinstance(pin, Pin) and self._pins.get(pin.number) is pin
+
     def require(self, owner: str, count: int) -> None:
         """Raise ``PinQuotaExceeded`` unless ``owner`` may pin ``count`` more blocks."""
         pinned = self._by_owner.get(owner, 0)
@@ -58,7 +61,7 @@ class Pins:
 
     def remove(self, pin: Pin) -> None:
         """Forget a pin. Raises ``StalePin`` if it has ended. The caller drops the references."""
-        if self._pins.get(pin.number) is not pin:
+        if pin not in self:
             raise StalePin(pin.number, pin.owner)
         del self._pins[pin.number]
         self._by_owner[pin.owner] -= len(pin.blocks)

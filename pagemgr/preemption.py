@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .eviction import Blocks
+from .pool import BlockState
 from .sequences import IDLE, Sequence, SequenceTable
 from .tier import Tier
 
@@ -49,11 +50,11 @@ def plan_preemption(
     useful = [one for one in victims if any(owned[block] == device.pool.refs[block] for block in one[1].tolist())]
     room = host.pool.available if host is not None else 0
     swap, drop = list[Sequence](), list[Sequence]()
-    brought: set[int] = set()
+    brought, kept = set[int](), set[int]()
     for sequence, blocks in useful:
-        new = _to_copy(blocks, device, host) - brought
-        if host is not None and len(brought) + len(new) <= room:
-            brought |= new
+        new, there = _in_host(blocks, device, host)
+        if host is not None and len(brought | new) + len(kept | there) <= room:
+            brought, kept = brought | new, kept | there
             swap.append(sequence)
         else:
             drop.append(sequence)
@@ -70,10 +71,12 @@ def _freed(blocks: Blocks, owned: dict[int, int], device: Tier) -> int:
     return freed
 
 
-def _to_copy(blocks: Blocks, device: Tier, host: Tier | None) -> set[int]:
-    """Blocks of these that the host does not hold."""
+def _in_host(blocks: Blocks, device: Tier, host: Tier | None) -> tuple[set[int], set[int]]:
+    """Blocks of these that have to be copied, and the host's own that can no longer be evicted for them."""
     if host is None:
-        return set()
+        return set(), set()
     published = blocks[device.pool.published[blocks]]
-    there = host.index.find(device.index.names_of(published)) >= 0
-    return set(blocks.tolist()) - set(published[there].tolist())
+    there = host.index.find(device.index.names_of(published))
+    found = there >= 0
+    cached = there[found][host.pool.state[there[found]] == BlockState.cached]
+    return set(blocks.tolist()) - set(published[found].tolist()), set(cached.tolist())

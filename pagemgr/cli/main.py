@@ -16,7 +16,7 @@ COMMANDS = {
     "demo": "A chat-like workload through the real cache, and a picture of its memory.",
     "generate": "Generate text with a model whose K/V cache is pagemgr's.",
     "replay": "Replay a trace of requests, or the log of a manager's calls.",
-    "fuzz": "Call the block manager at random beside a naive model of it.",
+    "fuzz": "Call the block manager at random and compare what it does with what it should.",
     "config": "Show, describe or check the settings.",
     "build": "Compile the kernels for this machine before their first use.",
     "dashboard": "Print the Grafana dashboard, or write all that Prometheus and Grafana need.",

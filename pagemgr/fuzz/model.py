@@ -2,88 +2,26 @@
 
 Nothing is counted and nothing is hashed: the references of a block are the places that name it, and its name is every
 token from the start of the sequence to the end of the block. Which block is given out is the manager's choice and is
-handed to the model, which judges it: blanks come first and in any order, evictions only in the order of release.
+handed to the model, which judges it: blanks come first and in any order, then what nobody holds, by LRU only in the
+order of release.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from pagemgr.prefix import Namespace
 
-Name = tuple[Namespace, tuple[int, ...]]
-Passed = Callable[[], bool]
-
-
-@dataclass(eq=False)
-class Row:
-    """One sequence. ``tokens`` are the real ones, known to the manager or not, those of steps in flight included."""
-
-    namespace: Namespace = field(repr=False)
-    tokens: list[int]
-    blocks: list[int]
-    computed: int
-    known: int
-    tier: str = "device"
-    moving: bool = field(default=False, repr=False)
-    live: bool = field(default=True, repr=False)
-
-
-@dataclass(eq=False)
-class Part:
-    """What a step in flight did to one row."""
-
-    row: Row
-    start: int
-    new: list[int]
-    early: bool  # the ids were given at reserve
-    tail: int | None  # the block that copy-on-write replaced
-
-
-@dataclass(eq=False)
-class Flight:
-    """One step in flight."""
-
-    number: int
-    parts: list[Part]
-
-
-@dataclass(eq=False)
-class Move:
-    """One transfer under way: ``moved[i]`` is what ``rows[i]`` will consist of in the target tier."""
-
-    rows: list[Row]
-    target: str
-    moved: list[list[int]]
-    pairs: dict[int, int]  # copied: block of the source -> block of the target
-    names: dict[int, Name]  # of the target's copies
-
-
-@dataclass(eq=False)
-class Pool:
-    """One tier: who has a name, who may be evicted in which order, and what is let go of under which fences."""
-
-    size: int
-    names: dict[int, Name] = field(default_factory=dict)
-    lru: list[int] = field(default_factory=list)
-    holds: list[tuple[tuple[Passed, ...], list[int]]] = field(default_factory=list)
-    totals: Counter[str] = field(default_factory=Counter)
-
-    def held(self, block: int) -> bool:
-        return any(block in blocks for _, blocks in self.holds)
-
-    def find(self, name: Name) -> int | None:
-        return next((block for block, other in self.names.items() if other == name), None)
+from .state import Flight, Move, Part, Passed, Pool, Row
 
 
 class Model:
     """The whole state of one manager."""
 
-    def __init__(self, block_size: int, sizes: dict[str, int], caching: bool = True) -> None:
+    def __init__(self, block_size: int, sizes: dict[str, int], caching: bool = True, by_release: bool = True) -> None:
         self.pins: list[list[int]] = []
-        self.size, self.caching = block_size, caching
+        self.size, self.caching, self.by_release = block_size, caching, by_release
         self.pools = {tier: Pool(size) for tier, size in sizes.items()}
         self.rows: list[Row] = []
         self.flights: list[Flight] = []
@@ -150,13 +88,14 @@ class Model:
                         self._idle(pool, block)
 
     def take(self, tier: str, blocks: list[int]) -> None:
-        """The manager gave out these: blanks while there are any, then the least recently released."""
+        """The manager gave out these: blanks while there are any, then cached ones, ``by_release`` the oldest."""
         pool, states = self.pools[tier], self.states(tier)
         free = sum(state == "free" for state in states.values())
         blanks, victims = blocks[:free], blocks[free:]
         assert len(set(blocks)) == len(blocks)
         assert all(states[block] == "free" for block in blanks), (tier, blanks, states)
-        assert victims == pool.lru[: len(victims)], (tier, victims, pool.lru)
+        assert set(victims) <= set(pool.lru), (tier, victims, pool.lru)
+        assert not self.by_release or victims == pool.lru[: len(victims)], (tier, victims, pool.lru)
         for block in victims:
             pool.lru.remove(block)
             del pool.names[block]
@@ -311,6 +250,7 @@ class Model:
             for block in pool.lru:
                 del pool.names[block]
             pool.lru.clear()
+        self.totals["cleared"] += cleared
         return cleared
 
     def _publish(self, row: Row, before: int) -> None:

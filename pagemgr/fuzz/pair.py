@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pagemgr.errors import (
@@ -15,18 +15,22 @@ from pagemgr.errors import (
     OutOfBlocks,
     OutOfSequences,
     PagemgrError,
+    PinQuotaExceeded,
     SequenceBusy,
     SequenceTooLong,
+    StalePin,
     StepOrderError,
     WrongTier,
 )
 from pagemgr.manager import BlockManager
+from pagemgr.pins import Pin
 from pagemgr.plan import Plan, Transfer
 from pagemgr.prefix import Namespace
 from pagemgr.sequences import Sequence
-from pagemgr.stats import Counters, TierStats
+from pagemgr.stats import TierStats
 
-from .model import Flight, Model, Move, Part, Row
+from .model import Model
+from .state import Flight, Move, Part, Row
 
 Refusal = PagemgrError | type[PagemgrError] | None
 Answer = TypeVar("Answer")
@@ -36,6 +40,7 @@ _COUNTED = {
     "SequenceTooLong": "sequence_too_long",
 }
 _STATES = ("null", "free", "open", "full", "cached", "fenced")
+_OWNER = "me"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,10 @@ class Sizes:
     max_sequences: int
     max_seq_len: int
     num_host_blocks: int
+    pin_quota: int
     prefix_caching: bool
+    eviction: str
+    debug: int
     compiled: bool
 
 
@@ -67,20 +75,13 @@ class Pair:
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        self.manager = BlockManager(
-            sizes.num_blocks,
-            sizes.block_size,
-            max_sequences=sizes.max_sequences,
-            max_seq_len=sizes.max_seq_len,
-            num_host_blocks=sizes.num_host_blocks,
-            prefix_caching=sizes.prefix_caching,
-            compiled=sizes.compiled,
-        )
+        self.manager = BlockManager(**asdict(sizes))
         tiers = {"device": sizes.num_blocks} | ({"host": sizes.num_host_blocks} if sizes.num_host_blocks else {})
-        self.model = Model(sizes.block_size, tiers, sizes.prefix_caching)
+        self.model = Model(sizes.block_size, tiers, sizes.prefix_caching, by_release=sizes.eviction == "lru")
         self.handles: dict[Row, Sequence] = {}
         self.plans: dict[Flight, Plan] = {}
         self.transfers: dict[Move, Transfer] = {}
+        self.pins: dict[Pin, list[int]] = {}
         self.refused: Counter[str] = Counter()
 
     def settle(self) -> None:
@@ -111,13 +112,15 @@ class Pair:
         left = self.sizes.max_sequences - len(self.model.rows)
         refused: Refusal = OutOfSequences(len(prompts), left, self.sizes.max_sequences) if len(prompts) > left else None
         refused = SequenceTooLong(longest, limit) if longest > limit else refused
+        found = [self.manager.match(prompt, space)[0] for prompt, space in zip(prompts, spaces, strict=True)]
+        handles = self.call(self.manager.add_many, prompts, spaces, refused=refused) or []
         rows = []
-        for handle, prompt, space in zip(
-            self.call(self.manager.add_many, prompts, spaces, refused=refused) or [], prompts, spaces, strict=False
-        ):
-            rows.append(self.model.add(prompt, space or Namespace()))
+        for handle, prompt, space, length in zip(handles, prompts, spaces, found, strict=bool(handles)):
+            held = self.manager.table.held(handle.row).tolist()
+            inside = handle.num_cached_tokens % self.sizes.block_size > 0
+            rows.append(self.model.add(prompt, space or Namespace(), held[-1] if inside else None))
             self.handles[rows[-1]] = handle
-            assert handle.num_cached_tokens == len(rows[-1].tokens)
+            assert handle.num_cached_tokens == len(rows[-1].tokens) == length
         return rows
 
     def fork(self, row: Row, n: int) -> None:
@@ -157,12 +160,19 @@ class Pair:
             self.plans[self.model.flights[-1]] = plan
         return plan
 
-    def commit(self, told: list[bool]) -> None:
-        """The oldest step; ids that were not given at reserve are told now, or never."""
+    def commit(self, told: list[bool], accepted: list[int] | None = None) -> None:
+        """The oldest step; ids that were not given at reserve are told now, or never. ``accepted`` of them count."""
         flight = self.model.flights[0]
         late = [part.new if tell and not part.early else None for part, tell in zip(flight.parts, told, strict=True)]
-        self.call(self.manager.commit, self.plans.pop(flight), None if all(new is None for new in late) else late)
-        self.model.commit([part.early or new is not None for part, new in zip(flight.parts, late, strict=True)])
+        short = zip(flight.parts, accepted or [], strict=False)
+        cut = [part.row for part, count in short if count < len(part.new) and part.row.live]
+        refused = SequenceBusy if any(self.model.flying(row)[-1] is not flight for row in cut) else None
+        given = None if all(new is None for new in late) else late
+        self.call(self.manager.commit, self.plans[flight], given, accepted, refused=refused)
+        if not refused:
+            del self.plans[flight]
+            told = [part.early or new is not None for part, new in zip(flight.parts, late, strict=True)]
+            self.model.commit(told, accepted)
 
     def abort(self, flight: Flight) -> bool:
         """This step, if it is the newest of all its rows; whether it was."""
@@ -240,6 +250,69 @@ class Pair:
         self.call(self.manager.cancel, self.transfers.pop(move))
         self.model.cancel(move)
 
+    # Pins ---------------------------------------------------------------------------------------------------------
+
+    def pin(self, row: Row, length: int, until: float | None) -> None:
+        """Pin a beginning of a row."""
+        wanted, pinned = length // self.sizes.block_size, sum(map(len, self.model.pins))
+        refused: Refusal = None
+        if pinned + wanted > self.sizes.pin_quota:
+            refused = PinQuotaExceeded(_OWNER, wanted, pinned, self.sizes.pin_quota)
+        refused = InvalidInput if not 0 <= length <= row.known else refused
+        refused = SequenceBusy if row.moving else refused
+        refused = WrongTier if row.tier == "host" else refused
+        pin = self.call(self.manager.pin, self.handles[row], _OWNER, length, until, refused=refused)
+        if pin is not None:
+            assert pin.length == wanted * self.sizes.block_size
+            self.pins[pin] = self.model.pin(row, length)
+
+    def unpin(self, pin: Pin) -> None:
+        """A pin ends, or has ended before."""
+        blocks = self.pins.pop(pin, None)
+        self.call(self.manager.unpin, pin, refused=None if blocks is not None else StalePin(pin.number, pin.owner))
+        if blocks is not None:
+            self.model.unpin(blocks)
+
+    def expire(self, now: float) -> list[Pin]:
+        """The pins whose time has come."""
+        ended = [pin for pin in self.pins if pin.until is not None and pin.until <= now]
+        assert self.call(self.manager.expire, now) == len(ended)
+        for pin in ended:
+            self.model.unpin(self.pins.pop(pin))
+        return ended
+
+    def clear(self) -> None:
+        """Nothing stays cached."""
+        assert self.call(self.manager.clear) == self.model.clear()
+
+    # Making room --------------------------------------------------------------------------------------------------
+
+    def preempt(self, parts: list[Part], candidates: list[Row]) -> None:
+        """What should go for a step of ``parts``: it goes, and there is room, or as much is missing as was said."""
+        before = self.manager.stats()
+        counts = [len(part.new) for part in parts]
+        rows = [part.row for part in parts]
+        plan = self.manager.preemption(self._named(rows), counts, self._named(candidates))
+        assert self.manager.stats() == before
+        back = {handle: row for row, handle in self.handles.items()}
+        swapped, dropped = ([back[handle] for handle in handles] for handles in (plan.swap_out, plan.drop))
+        leaving = Counter(block for row in swapped + dropped for block in row.blocks)
+        references = self.model.references("device")
+        assert plan.blocks == sum(references[block] == count for block, count in leaving.items())
+        assert plan.dropped_tokens == sum(row.computed for row in dropped)
+        assert self._busy(swapped + dropped) is None
+        if swapped:
+            under_way = len(self.model.moves)
+            self.swap(swapped, "host")
+            assert len(self.model.moves) > under_way, "the host had no room for who should go there"
+            assert len(self.model.moves[-1].pairs) == plan.swapped_blocks
+            self.finish(self.model.moves[-1], None)
+        if dropped:
+            self.free(dropped, None)
+        self.settle()
+        if not plan.missing and not self.model.flights and not self.model.pools["device"].holds:
+            assert not isinstance(self._reserve_refusal(parts), OutOfBlocks)
+
     # Comparing ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -249,6 +322,7 @@ class Pair:
         self.manager.check()
         for tier in stats.tiers:
             self._compare_tier(tier)
+        self._compare_names()
         model, table = self.model, self.manager.table
         assert (stats.sequences, stats.steps_in_flight) == (len(model.rows), len(model.flights))
         for row in model.rows:
@@ -256,37 +330,33 @@ class Pair:
             assert table.blocks[at, : table.num_blocks[at]].tolist() == row.blocks
             assert (int(table.computed[at]), int(table.committed[at])) == (row.computed, row.known)
         assert self.manager.lengths(self._named(model.rows)).tolist() == [row.computed for row in model.rows]
-        self._compare_counters(stats.counters)
-        self._compare_prefixes()
+        counters, totals = stats.counters, model.totals
+        assert (counters.prefix_query_tokens, counters.prefix_hit_tokens) == (totals["query"], totals["hit"])
+        assert (counters.steps_committed, counters.steps_aborted) == (totals["commits"], totals["aborts"])
+        assert (counters.cow_copies, counters.duplicate_blocks) == (totals["copies"], totals["duplicates"])
+        assert (counters.tokens_committed, counters.draft_tokens) == (totals["tokens"], totals["drafts"])
+        assert (counters.cleared_blocks, counters.invariant_violations) == (totals["cleared"], 0)
 
     def _compare_tier(self, tier: TierStats) -> None:
         states, totals = Counter(self.model.states(tier.name).values()), self.model.pools[tier.name].totals
         assert {state: getattr(tier, state) for state in _STATES} == {state: states[state] for state in _STATES}
         counted = (tier.allocated_total, tier.released_total, tier.evicted_total)
         assert counted == (totals["allocated"], totals["released"], totals["evicted"])
-        assert tier.references == self.model.references(tier.name).total()
+        held = Counter(block for blocks in self.model.pins for block in blocks) if tier.name == "device" else Counter()
+        references = self.model.references(tier.name)
+        assert tier.references == references.total() - held.total()
+        assert tier.pinned == sum(references[block] == count for block, count in held.items())
         assert tier.waste_slots == self.model.waste(tier.name)
 
-    def _compare_counters(self, counters: Counters) -> None:
-        totals = self.model.totals
-        assert (counters.prefix_query_tokens, counters.prefix_hit_tokens) == (totals["query"], totals["hit"])
-        assert (counters.steps_committed, counters.steps_aborted) == (totals["commits"], totals["aborts"])
-        assert (counters.cow_copies, counters.duplicate_blocks) == (totals["copies"], totals["duplicates"])
-        assert counters.tokens_committed == totals["tokens"]
-        for direction in ("out", "in"):
-            moved = (counters.swapped_blocks[direction], counters.swapped_sequences[direction])
-            assert moved == (totals[f"blocks {direction}"], totals[f"sequences {direction}"])
-            assert counters.swap_failures[direction] == totals[f"cancel {direction}"]
-        assert counters.failures == {reason: self.refused[name] for name, reason in _COUNTED.items()}
-        assert counters.invariant_violations == 0
-
-    def _compare_prefixes(self) -> None:
-        """Children go before their parents: whatever can be matched can be reached from the first token on."""
-        for pool in self.model.pools.values():
-            names = set(pool.names.values())
-            for namespace, tokens in names:
-                parent = tokens[: -self.sizes.block_size]
-                assert not parent or (namespace, parent) in names
+    def _compare_names(self) -> None:
+        """Who is found under each name; on the device children went before their parents."""
+        for tier in self.manager.tiers:
+            published = {int(block) for block in tier.pool.published.nonzero()[0]}
+            names = self.model.pools[tier.name].names
+            assert published == set(names)
+        ways = set(self.model.pools["device"].names.values())
+        size = self.sizes.block_size
+        assert all(len(tokens) == size or (space, tokens[:-size]) in ways for space, tokens in ways)
 
     def _named(self, rows: list[Row]) -> list[Sequence]:
         return [self.handles[row] for row in rows]

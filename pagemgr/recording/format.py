@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 from pagemgr.errors import PagemgrError
 from pagemgr.manager import BlockManager
-from pagemgr.plan import Copies, Plan, Transfer
+from pagemgr.pins import Pin
+from pagemgr.plan import Copies, Plan, Promotion, Transfer
+from pagemgr.preemption import Preemption
+from pagemgr.sequences import Sequence
 
 FORMAT = 1
 MARK = "pagemgr_log"
@@ -19,25 +22,34 @@ MARK = "pagemgr_log"
 
 VERBS: dict[str, dict[str, str]] = {
     "add_many": {"prompts": "plain", "namespaces": "namespaces"},
+    "admit": {"prompts": "plain", "namespaces": "namespaces"},
     "fork": {"sequence": "sequence", "n": "plain"},
     "truncate": {"sequences": "sequences", "lengths": "plain"},
     "free": {"sequences": "sequences", "after": "fence"},
     "reserve": {"sequences": "sequences", "tokens": "plain"},
-    "commit": {"plan": "ticket", "tokens": "plain"},
+    "commit": {"plan": "ticket", "tokens": "plain", "accepted": "plain"},
     "abort": {"plan": "ticket"},
     "swap_out": {"sequences": "sequences"},
     "swap_in": {"sequences": "sequences"},
-    "finish": {"transfer": "ticket", "after": "fence"},
-    "cancel": {"transfer": "ticket"},
-    "stats": {},  # lets go of what waited for fences
+    "finish": {"moved": "ticket", "after": "fence"},
+    "cancel": {"moved": "ticket"},
+    "pin": {"sequence": "sequence", "owner": "plain", "length": "plain", "until": "plain"},
+    "unpin": {"pin": "pin"},
+    "expire": {"now": "plain"},
+    "clear": {},
+    "preemption": {"sequences": "sequences", "counts": "plain", "candidates": "sequences"},
+    "stats": {},  # as preemption, it lets go of what waited for fences
 }
 """Every verb that decides something, and for each of its parameters the method of ``Scribe`` and ``Reader`` for it."""
 
-READS = ("add", "lengths", "check")
-"""Verbs that are not written: they change nothing, or call one that is."""
+READS = ("add", "match", "lengths", "check", "subscribe", "unsubscribe")
+"""Verbs that are not written: they decide nothing, or call one that is."""
 
 UNSAYABLE = "unsayable"
-"""Stands for what JSON cannot say, in the log and in the call: no verb takes such a thing, nor text."""
+"""Stands for what JSON cannot say, in the log and in the call: no verb takes such a thing."""
+
+Ticket = Plan | Transfer | Promotion
+"""What a call gives and a later one names."""
 
 
 def plain(value: Any) -> Any:
@@ -57,16 +69,37 @@ def plain(value: Any) -> Any:
 
 
 def outcome(answer: object) -> dict[str, Any]:
-    """What a call gave: handles, or a fingerprint of all that an engine reads of a plan or transfer."""
+    """What a call gave."""
+    return {"gave": _said(answer)}
+
+
+def ticket(answer: object) -> Ticket | None:
+    """What a call gave that later ones may name."""
+    last = answer[-1] if isinstance(answer, tuple) else answer
+    return last if isinstance(last, Ticket) else None
+
+
+def _said(answer: object) -> Any:
+    """Numbers and handles as they are, and a fingerprint of all that an engine reads of a plan or move."""
     match answer:
-        case list():
-            return {"gave": [[handle.row, handle.generation, handle.num_cached_tokens] for handle in answer]}
+        case int():
+            return answer
+        case Sequence():
+            return [answer.row, answer.generation, answer.num_cached_tokens]
+        case list() | tuple():
+            return [_said(part) for part in answer]
         case Plan():
-            arrays: tuple[npt.NDArray[Any], ...] = answer.block_table, answer.query_start, answer.slot_mapping
-            return {"gave": _fingerprint(arrays, answer.copies)}
+            return _fingerprint([answer.block_table, answer.query_start, answer.slot_mapping], answer.copies)
         case Transfer():
-            return {"gave": _fingerprint(answer.moved, answer.copies)}
-    return {"gave": None}
+            return _fingerprint(answer.moved, answer.copies)
+        case Promotion():
+            return _fingerprint([answer.rows, answer.fresh], answer.copies)
+        case Pin():
+            return [answer.number, answer.length, _fingerprint([answer.blocks], ())]
+        case Preemption():
+            leaving = [[[one.row, one.generation] for one in some] for some in (answer.swap_out, answer.drop)]
+            return [*leaving, answer.blocks, answer.swapped_blocks, answer.dropped_tokens, answer.missing]
+    return None
 
 
 def failure(error: BaseException) -> dict[str, Any]:

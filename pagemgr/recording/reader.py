@@ -14,12 +14,12 @@ import numpy as np
 
 from pagemgr.errors import InvalidInput, OperatingError
 from pagemgr.manager import BlockManager
-from pagemgr.plan import Plan, Transfer
+from pagemgr.pins import Pin
 from pagemgr.pool import BlockState
 from pagemgr.prefix import Namespace
 from pagemgr.sequences import Sequence
 
-from .format import FORMAT, MARK, VERBS, digest, failure, outcome
+from .format import FORMAT, MARK, VERBS, Ticket, digest, failure, outcome, ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +63,23 @@ def is_log(path: str | Path) -> bool:
         return file.read(len(mark)) == mark
 
 
-def replay_log(path: str | Path) -> LogReplay:
+def replay_log(path: str | Path, secret: bytes = b"") -> LogReplay:
     """Make the calls of a log on a new manager, until something else comes of one.
 
-    Raises ``InvalidInput`` naming the file and the line that cannot be read.
+    A log does not hold the manager's ``secret``, if there was one; names depend on it, and on names which prompt is
+    found by its first tokens and what is evicted. Raises ``InvalidInput`` without it, or naming the file and the line
+    that cannot be read.
     """
     try:
         with open(path, encoding="utf-8") as lines:
-            return _replay(lines, str(path))
+            return _replay(lines, str(path), secret)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read the log {path}: {error}") from error
 
 
-def _replay(lines: TextIO, path: str) -> LogReplay:
-    sizes, manager = _made(lines.readline(), path)
-    reader = _Reader()
+def _replay(lines: TextIO, path: str, secret: bytes) -> LogReplay:
+    sizes, manager = _made(lines.readline(), path, secret)
+    reader = _Reader(manager)
     calls: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     peak, is_cut, difference = 0, False, None
@@ -97,14 +99,18 @@ def _replay(lines: TextIO, path: str) -> LogReplay:
     return LogReplay(sizes, dict(calls), dict(failures), peak, is_cut, difference)
 
 
-def _made(line: str, path: str) -> tuple[dict[str, Any], BlockManager]:
+def _made(line: str, path: str, secret: bytes) -> tuple[dict[str, Any], BlockManager]:
     try:
         header = json.loads(line)
         if header[MARK] != FORMAT:
             raise InvalidInput(f"{path} has format {header[MARK]}, this version reads {FORMAT}")
-        if "cache_dir" in header["manager"]:
+        sizes = header["manager"]
+        if "cache_dir" in sizes:
             raise InvalidInput(f"{path}, line 1: no log says from where to load libraries, but this one: cache_dir")
-        return header["manager"], BlockManager(**header["manager"])
+        if sizes["secret"] and not secret:
+            raise InvalidInput(f"{path} was recorded with a secret, which it does not hold: pass it to replay_log")
+        given = {"secret": secret if sizes["secret"] else b"", "windows": tuple(sizes["windows"])}
+        return sizes, BlockManager(**sizes | given)
     except (ValueError, KeyError, TypeError, OperatingError) as error:
         if isinstance(error, InvalidInput):
             raise
@@ -136,9 +142,10 @@ def _call(manager: BlockManager, record: dict[str, Any], given: dict[str, Any], 
 class _Reader:
     """Turns what was written of an argument back into one."""
 
-    def __init__(self) -> None:
+    def __init__(self, manager: BlockManager) -> None:
         self._call = 0
-        self._tickets: dict[int, Plan | Transfer] = {}
+        self._pins = manager.pins
+        self._tickets: dict[int, Ticket] = {}
         self._passed: set[int] = set()
         self._failed: dict[int, str] = {}
 
@@ -151,10 +158,11 @@ class _Reader:
         self._failed = {int(number): answer for number, answer in answers.items() if isinstance(answer, str)}
 
     def succeeded(self, answer: object, said: Mapping[str, Any]) -> None:
-        """The call gave a plan or transfer, or ended the one that it named."""
-        if isinstance(answer, Plan | Transfer):
-            self._tickets[self._call] = answer
-        for name in ("plan", "transfer"):
+        """The call gave a plan or move, or ended the one that it named."""
+        given = ticket(answer)
+        if given is not None:
+            self._tickets[self._call] = given
+        for name in ("plan", "moved"):
             self._tickets.pop(said.get(name, 0), None)
 
     def ask(self, number: int) -> bool:
@@ -179,10 +187,19 @@ class _Reader:
         """Namespaces and none."""
         return None if said is None else [_namespace(space) for space in said]
 
-    def ticket(self, said: int) -> Any:
-        """The plan or transfer that this call gave, or one that nobody knows."""
+    def ticket(self, said: Any) -> Any:
+        """The plan or move that this call gave, or one that nobody knows."""
         none = np.zeros(0, dtype=np.int64)
-        return self._tickets.get(said, SimpleNamespace(step=0, rows=none, generations=none))
+        unknown = SimpleNamespace(step=0, rows=none, generations=none) if isinstance(said, int) else said
+        return self._tickets.get(said, unknown)
+
+    def pin(self, said: Any) -> Any:
+        """The pin that stands under this number, or one that does not."""
+        if not isinstance(said, list):
+            return said
+        number, owner, stands = said
+        ended = Pin(number, owner, 0, None, np.zeros(0, dtype=np.int32))
+        return next((pin for pin in self._pins if stands and pin.number == number), ended)
 
     def fence(self, said: Any) -> Any:
         """A fence that answers as the recorded one did."""

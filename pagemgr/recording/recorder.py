@@ -18,12 +18,12 @@ import numpy as np
 
 from pagemgr.errors import ConfigError
 from pagemgr.manager import BlockManager
-from pagemgr.plan import Plan, Transfer
+from pagemgr.pins import Pin, Pins
 from pagemgr.pool import Fence
 from pagemgr.prefix import Namespace
 from pagemgr.sequences import Batch, Sequence
 
-from .format import FORMAT, MARK, UNSAYABLE, VERBS, digest, failure, outcome, plain
+from .format import FORMAT, MARK, UNSAYABLE, VERBS, Ticket, digest, failure, outcome, plain, ticket
 
 _log = logging.getLogger("pagemgr")
 
@@ -45,9 +45,10 @@ class RecordingManager(BlockManager):
             raise ConfigError(f"cannot make the log of calls {str(log)!r}: {error.strerror}") from error
         self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)  # a line is out before its call returns
         weakref.finalize(self, self._file.close)
-        self._scribe = Scribe()
+        self._scribe = Scribe(self.pins)
         self._is_writing = False
         arguments = {name: value for name, value in made_with.arguments.items() if name != "cache_dir"}
+        arguments["secret"] = bool(arguments["secret"])
         self._write({MARK: FORMAT, "manager": arguments})
 
     def _record(self, verb: str, bound: inspect.BoundArguments, method: Callable[..., Any]) -> Any:
@@ -111,8 +112,9 @@ for _verb in VERBS:
 class Scribe:
     """Turns each argument into what the call is made with, and what is written of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pins: Pins) -> None:
         self.calls_made = 0
+        self._pins = pins
         self._answers: dict[str, bool | str] = {}
         self._tickets: dict[int, tuple[object, int]] = {}
         self._named: int | None = None
@@ -127,9 +129,10 @@ class Scribe:
         self._answers, self._named = {}, None
 
     def succeeded(self, answer: object) -> None:
-        """The call gave a plan or transfer, or ended the one that it named."""
-        if isinstance(answer, Plan | Transfer):
-            self._tickets[id(answer)] = answer, self.call
+        """The call gave a plan or move, or ended the one that it named."""
+        given = ticket(answer)
+        if given is not None:
+            self._tickets[id(given)] = given, self.call
         elif self._named is not None:
             self._tickets.pop(self._named, None)
 
@@ -167,9 +170,17 @@ class Scribe:
         return value, None if value is None else [_namespace(space) for space in value]
 
     def ticket(self, value: object) -> tuple[Any, Any]:
-        """The call that gave this plan or transfer; 0 if none did, or it has ended."""
+        """The call that gave this plan or move; 0 if none did, or it has ended."""
+        if not isinstance(value, Ticket):
+            return UNSAYABLE, UNSAYABLE
         self._named = id(value)
         return value, self._tickets.get(id(value), (None, 0))[1]
+
+    def pin(self, value: object) -> tuple[Any, Any]:
+        """Its number and owner, and whether it stands: others may have the same number."""
+        if not isinstance(value, Pin):
+            return UNSAYABLE, UNSAYABLE
+        return value, [value.number, value.owner, value in self._pins]
 
     def fence(self, value: Any) -> tuple[Any, Any]:
         """The number of this call, and the fence with a pen beside it."""

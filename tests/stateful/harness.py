@@ -20,7 +20,8 @@ from pagemgr.errors import (
     SequenceBusy,
     SequenceTooLong,
 )
-from pagemgr.fuzz.model import Flight, Model, Move, Row
+from pagemgr.fuzz.model import Model
+from pagemgr.fuzz.state import Flight, Move, Row
 from pagemgr.manager import BlockManager
 from pagemgr.pins import Pin
 from pagemgr.plan import Plan, Transfer

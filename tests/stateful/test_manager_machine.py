@@ -19,7 +19,7 @@ from pagemgr.errors import (
     StepOrderError,
     WrongTier,
 )
-from pagemgr.fuzz.model import Flight, Part
+from pagemgr.fuzz.state import Flight, Part
 from pagemgr.plan import Plan
 from pagemgr.prefix import Namespace
 

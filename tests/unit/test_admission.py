@@ -29,6 +29,20 @@ def test_a_block_that_begins_alike_is_copied_when_written(make: Make) -> None:
     assert cached_tokens(manager, [1, 2, 3, 4, 5, 6, 7, 8, 9]) == 8
 
 
+@pytest.mark.parametrize("windows", [(None,), (None, 9)], ids=str)
+@KIND
+def test_a_prompt_that_fits_the_pool_fits_with_any_hit(make: Make, windows: tuple[int | None, ...]) -> None:
+    """The block that begins alike cannot be evicted for the prompt's own last block."""
+    manager = make(1 + 3 * len(windows), 4, windows=windows)
+    manager.free([filled(manager, [1, 2, 3, 4, 5])])
+    assert manager.match([1, 2, 0, 0, 0]) == (2, 2)
+    prompt = [1, 2, *[0] * 10]
+    assert manager.match(prompt) == (0, 0)
+    manager.free([filled(manager, prompt)])
+    run(manager, [manager.add([1, 2, 3, 0])], [[0] * 3])
+    manager.check()
+
+
 @KIND
 def test_a_block_begins_alike_in_its_own_namespace_only(make: Make) -> None:
     manager = make(16, 4)
@@ -45,8 +59,8 @@ def test_what_was_evicted_is_not_found_by_its_first_token(make: Make) -> None:
     manager.free([filled(manager, [1, 2, 3, 4, 5])])
     other = manager.add()
     run(manager, [other], [[1, 2, 9, 9, 9, 9, 9, 9, 9, 9]])
-    assert cached_tokens(manager, [1, 2, 3, 0]) == 2  # the other's block by now
     manager.free([other])
+    assert cached_tokens(manager, [1, 2, 3, 0]) == 2  # the other's block by now
     manager.clear()
     assert cached_tokens(manager, [1, 2, 3, 0]) == 0
     manager.check()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from listener import Listener
 from managers import KINDS, Make, filled, run
 
 from pagemgr.errors import EventsLost
+from pagemgr.fuzz.listener import Listener
 from pagemgr.prefix import Namespace, hash_blocks
 
 pytestmark = KINDS

@@ -75,6 +75,21 @@ def test_what_the_host_holds_costs_nothing(make: Make) -> None:
     assert (found.swap_out, found.swapped_blocks) == ((a,), 1)  # two full blocks are there already
 
 
+def test_what_the_host_holds_already_is_no_room_for_others(make: Make) -> None:
+    manager = make(9, 2, num_host_blocks=5)
+    a = filled(manager, [1, 2, 3, 4, 5])
+    (twin,) = manager.fork(a)
+    manager.finish(manager.swap_out([twin]))
+    manager.free([twin])
+    c, new = filled(manager, [9] * 5), manager.add()
+    assert manager.stats().tiers[1].cached == 2  # of the four blocks there, and a needs both of them and one more
+    plan = manager.preemption([new], [16], [c, a])
+    assert (plan.swap_out, plan.drop, plan.swapped_blocks) == ((c,), (a,), 3)
+    manager.finish(manager.swap_out(list(plan.swap_out)))
+    manager.free(list(plan.drop))
+    run(manager, [new], [16])
+
+
 def test_bad_input(make: Make) -> None:
     manager = make(9, 2)
     a = manager.add()

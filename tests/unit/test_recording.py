@@ -19,9 +19,9 @@ from test_manager_atomic import REFUSALS, Scene
 
 from pagemgr.cache import PagedKVCache
 from pagemgr.config import Config
-from pagemgr.errors import InvalidInput, PagemgrError, StaleSequence, StepOrderError
+from pagemgr.errors import InvalidInput, PagemgrError, StalePin, StaleSequence, StepOrderError
 from pagemgr.eviction import names
-from pagemgr.fuzz.driver import fuzz
+from pagemgr.fuzz.engine import Engine
 from pagemgr.manager import BlockManager
 from pagemgr.prefix import Namespace
 from pagemgr.recording import RecordingManager, replay_log
@@ -81,20 +81,86 @@ def test_a_random_run_is_reproduced(recording: Make, log: Path, seed: int, compi
     found = replay_log(log)
     assert found.difference is None
     assert sum(found.calls.values()) == len(lines(log)) - 1
-    assert set(VERBS) - set(found.calls) <= {"stats"}
     assert {"StaleSequence", "InvalidInput", "OutOfSequences"} <= set(found.failures)
     assert any("fences" in line for line in lines(log))
     other = edited(log, lambda changed: changed[0]["manager"].update(compiled=not compiled))
     assert replay_log(other).difference is None
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_fuzzed_run_is_reproduced(recording: Make, log: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagemgr.fuzz.pair.BlockManager", recording)
-    outcome = fuzz(seed, range(1, 301), check_every=50)
+EVERYTHING = (
+    {"windows": (None,), "host_cache": "off", "eviction": "lru", "debug": 0, "verify_hits": False},
+    {"windows": (None, 5, 5), "host_cache": "inclusive", "eviction": "hit_density", "debug": 1, "verify_hits": True},
+    {"windows": (None,), "host_cache": "exclusive", "eviction": "lfu", "debug": 2, "verify_hits": True},
+    {"windows": (3, None), "host_cache": "exclusive", "eviction": "s3fifo", "debug": 3, "verify_hits": False},
+)
+
+
+def fuzzed(log: Path, seed: int, sizes: dict[str, Any], calls: int) -> None:
+    """Calls of every verb, recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pagemgr.fuzz.engine.BlockManager", partial(RecordingManager, log))
+        engine = Engine(seed, **sizes)
+    for _ in range(calls):
+        engine.act()
+    engine.end()
+
+
+@pytest.mark.parametrize("sizes", EVERYTHING, ids=lambda sizes: f"{sizes['windows']}-{sizes['host_cache']}")
+def test_layer_groups_host_caches_and_every_verb_are_reproduced(log: Path, sizes: dict[str, Any]) -> None:
+    fuzzed(log, 35, sizes, 500)
     found = replay_log(log)
     assert found.difference is None
-    assert lines(log)[-1]["digest"] == outcome.digest
+    assert set(VERBS) - set(found.calls) == {"add_many"}
+    made = lines(log)[0]["manager"]
+    assert {name: made[name] for name in sizes} == sizes | {"windows": list(sizes["windows"])}
+    assert any(line["verb"] == "admit" and line.get("gave", [0, None])[1] for line in lines(log)[1:]) == (
+        sizes["host_cache"] != "off"
+    )
+    changed = edited(log, lambda log_lines: log_lines[0]["manager"].update(host_cache="off", windows=[9]))
+    assert replay_log(changed).difference is not None
+
+
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [("admit", "gave"), ("pin", "gave"), ("expire", "gave"), ("clear", "gave"), ("preemption", "gave")],
+)
+def test_what_came_of_every_verb_is_compared(log: Path, verb: str, key: str) -> None:
+    fuzzed(log, 35, EVERYTHING[1], 500)
+    at = next(i for i, line in enumerate(lines(log)) if line.get("verb") == verb and line.get(key))
+    found = replay_log(edited(log, lambda changed: changed[at].update({key: "other"}))).difference
+    assert found is not None
+    assert (found.line, found.verb) == (at + 1, verb)
+
+
+def test_no_secret_is_written_and_none_is_made_up(recording: Make, log: Path) -> None:
+    secret = b"sixteen bytes or more"
+    manager = recording(16, 4, secret=secret, eviction="lfu")
+    for _ in range(3):
+        manager.free([filled(manager, [1, 2, 3, 4, 5])])
+    assert secret.decode() not in log.read_text()
+    assert lines(log)[0]["manager"]["secret"] is True
+    with pytest.raises(InvalidInput, match="recorded with a secret"):
+        replay_log(log)
+    assert replay_log(log, secret).difference is None
+    with pytest.raises(InvalidInput, match="from 16 to 64 bytes or none, got 65"):
+        replay_log(log, bytes(65))
+
+
+def test_pins_of_others_and_pins_that_ended_are_told_apart(recording: Make, log: Path) -> None:
+    manager, other = recording(9, 2, pin_quota=9), BlockManager(9, 2, pin_quota=9)
+    mine, ended = (manager.pin(filled(manager, [1, 2, 3]), "me", until=until) for until in (None, 1.0))
+    foreign = other.pin(filled(other, [1, 2, 3]), "me")
+    assert foreign.number == mine.number
+    assert manager.expire(2.0) == 1
+    for pin in (foreign, ended):
+        with pytest.raises(StalePin):
+            manager.unpin(pin)
+    with pytest.raises(AttributeError):
+        manager.unpin(None)
+    manager.unpin(mine)
+    given = [line["given"]["pin"] for line in lines(log) if line.get("verb") == "unpin"]
+    assert given == [[1, "me", False], [2, "me", False], "unsayable", [1, "me", True]]
+    assert replay_log(log).difference is None
 
 
 @pytest.mark.parametrize("policy", names())
@@ -179,7 +245,7 @@ def test_a_log_by_hand(recording: Make, log: Path) -> None:
 
 
 def test_every_verb_and_each_of_its_parameters_has_its_place() -> None:
-    public = {name for name, value in vars(BlockManager).items() if inspect.isfunction(value) and name[0] != "_"}
+    public = {name for name, _ in inspect.getmembers(BlockManager, inspect.isfunction) if name[0] != "_"}
     assert public == set(VERBS) | set(READS)
     for verb, kinds in VERBS.items():
         assert list(kinds) == list(inspect.signature(getattr(BlockManager, verb)).parameters)[1:]
@@ -241,7 +307,7 @@ def test_ended_and_foreign_plans_are_nobodys(recording: Make, log: Path) -> None
     for verb in (manager.finish, manager.cancel):
         with pytest.raises(StepOrderError):
             verb(moved)
-    assert [line["given"].get("plan", line["given"].get("transfer")) for line in lines(log)[-6:]] == [0] * 6
+    assert [line["given"].get("plan", line["given"].get("moved")) for line in lines(log)[-6:]] == [0] * 6
     assert replay_log(log).difference is None
 
 
@@ -262,7 +328,7 @@ def test_a_cache_records_by_config(log: Path) -> None:
     cache.free([a])
     found = replay_log(log)
     assert found.difference is None
-    assert list(found.calls) == ["add_many", "reserve", "commit", "swap_out", "finish", "swap_in", "free"]
+    assert list(found.calls) == ["admit", "reserve", "commit", "swap_out", "finish", "swap_in", "free"]
     assert found.peak_used == 2
 
 

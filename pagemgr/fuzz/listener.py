@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pagemgr.events import Event
 from pagemgr.manager import BlockManager
 
@@ -38,6 +40,10 @@ class Listener:
                     self.known[event.tier].clear()
         return events
 
+    def leave(self) -> None:
+        """Listen no more."""
+        self.manager.unsubscribe(self.subscription)
+
     def _store(self, tier: str, event: Event) -> None:
         assert not set(event.names) & self.known[tier]
         assert event.parent is None or event.parent in self.known[tier], "a child came before its parent"
@@ -47,5 +53,5 @@ class Listener:
         """What is known is what there is."""
         self.read()
         for tier in self.manager.tiers:
-            names = {tier.index.names[block].tobytes() for block in tier.pool.published.nonzero()[0]}
+            names = {tier.index.names[block].tobytes() for block in np.flatnonzero(tier.pool.published)}
             assert self.known[tier.name] == names, tier.name
