@@ -42,7 +42,7 @@ VERBS: dict[str, dict[str, str]] = {
 }
 """Every verb that decides something, and for each of its parameters the method of ``Scribe`` and ``Reader`` for it."""
 
-READS = ("add", "match", "lengths", "check", "subscribe", "unsubscribe")
+READS = ("require_process", "add", "match", "lengths", "check", "subscribe", "unsubscribe")
 """Verbs that are not written: they decide nothing, or call one that is."""
 
 UNSAYABLE = "unsayable"
