@@ -31,9 +31,11 @@ import torch.nn.functional as F
 
 from pagemgr.backends import AttentionParams, Backend, KVLayer, create
 from pagemgr.backends.conformance import TOLERANCE
+from pagemgr.backends.reference import TorchBackend
 from pagemgr.batch import PagedBatch
 from pagemgr.cli.output import print_table
 from pagemgr.layout import BlockLayout, DType
+from pagemgr.storage import Storage
 
 from .roofline import draw
 
@@ -150,9 +152,11 @@ class Bench:
         """Query, pool and batch with shuffled blocks; and keys and values ``[batch, heads, context, dim]``."""
         dtype, width = getattr(torch, self.dtype), -(-shape.context // self.block_size)
         count = shape.batch * width
-        parts = torch.randn(1 + count, 2, *self._layout(shape).shape, generator=self._generator)
         table = (1 + torch.randperm(count, generator=self._generator)).view(shape.batch, width).to(self.device)
-        kv = KVLayer(*parts.to(self.device, dtype).unbind(1))
+        made = Storage(self._layout(shape), {"device": 1 + count}, self.device, TorchBackend())
+        (kv,) = made.layers
+        for part in (kv.key, kv.value):
+            part.copy_(torch.randn(part.shape, generator=self._generator))
         tokens = shape.batch * shape.new
         heads = shape.kv_heads * shape.group
         query = torch.randn(tokens, heads, shape.head_dim, generator=self._generator).to(self.device, dtype)
