@@ -17,7 +17,7 @@ from pagemgr.batch import PagedBatch
 from pagemgr.errors import BackendUnavailable, InvalidInput, UnsupportedFeature
 from pagemgr.native.build import DEFAULT_CACHE_DIR, SOURCES, build, recipe
 
-from .checks import check_attention, check_copy, check_merge, check_write
+from .checks import check_attention, check_copy, check_merge, check_write, facts_of
 from .interface import AttentionParams, Capabilities, KVLayer
 from .library import NativeLibrary
 
@@ -38,11 +38,6 @@ class _Prepared:
     words: Any
     """The same memory in words of 64 bits."""
     workspace_bytes: int
-
-
-def _layout(tensor: torch.Tensor | None) -> object:
-    """All that a check of a tensor may look at."""
-    return tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def _stream(device: torch.device) -> int:
@@ -111,7 +106,7 @@ class NativeBackend:
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
         tensors = (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)
-        facts = (torch.get_num_threads(), _stream(query.device), *map(_layout, tensors))
+        facts = (torch.get_num_threads(), _stream(query.device), *map(facts_of, tensors))
         try:
             ready = self._ready.pop()
         except IndexError:
