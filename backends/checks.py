@@ -83,6 +83,11 @@ def check_attention(
                 raise InvalidInput(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
+def facts_of(tensor: torch.Tensor | None) -> object:
+    """All that a check looks at: a call with the same facts, batch and parameters as one that was checked is right."""
+    return tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
 def check_copy(pool: torch.Tensor, pairs: torch.Tensor) -> None:
     """Check the arguments of ``copy_blocks``."""
     _expect("pairs", pairs, (*pairs.shape[:1], 2), torch.int64, pool.device)

@@ -1,164 +1,48 @@
-"""The one door to compiled kernels: loads a library that implements ``native/pagemgr_abi.h``, and is a backend over it.
+"""Backends over compiled kernels: one for any library that implements ``native/pagemgr_abi.h``, see ``library``.
 
-    NativeBackend       any library, by its path: what ``backend = "/path/to/libmine.so"`` takes
-    └── BuiltBackend    the library that ``pagemgr.native.build`` makes for one target: ``cpu``, ``cuda``
-
-A library is trusted to keep the header's promises and nothing else: that it is whole, of this version, and complete is
-checked when it is loaded, and what it declares decides what it is asked for.
+NativeBackend       any library, by its path: what ``backend = "/path/to/libmine.so"`` takes
+└── BuiltBackend    the library that ``pagemgr.native.build`` makes for one target: ``cpu``, ``cuda``
 """
 
 from __future__ import annotations
 
-import functools
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import cffi  # type: ignore[import-untyped]
 import torch
 
 from pagemgr.batch import PagedBatch
-from pagemgr.errors import BackendUnavailable, InternalError, InvalidInput, NativeAbiMismatch, UnsupportedFeature
+from pagemgr.errors import BackendUnavailable, InvalidInput, UnsupportedFeature
 from pagemgr.native.build import DEFAULT_CACHE_DIR, SOURCES, build, recipe
 
-from .checks import check_attention, check_copy, check_merge, check_write
-from .interface import AttentionParams, Capabilities, Feature, KVLayer
+from .checks import check_attention, check_copy, check_merge, check_write, facts_of
+from .interface import AttentionParams, Capabilities, KVLayer
+from .library import NativeLibrary
 
 _INT32_MAX = 2**31 - 1
 
-_DEVICES = {"PAGEMGR_CPU": "cpu", "PAGEMGR_CUDA": "cuda"}
-_DTYPES = {
-    "PAGEMGR_FLOAT32": torch.float32,
-    "PAGEMGR_FLOAT16": torch.float16,
-    "PAGEMGR_BFLOAT16": torch.bfloat16,
-}
-_KV_DTYPES = {
-    "PAGEMGR_KV_FLOAT8_E4M3FN": torch.float8_e4m3fn,
-    "PAGEMGR_KV_FLOAT8_E5M2": torch.float8_e5m2,
-    "PAGEMGR_KV_INT8": torch.int8,
-}
-_ERRORS = {
-    "PAGEMGR_BAD_BLOCK": "a block id is not in the pool",
-    "PAGEMGR_BAD_SLOT": "a slot is neither in the pool nor -1",
-    "PAGEMGR_BAD_LENGTH": "a length is below 0 or above max_seq_len",
-}
-_STRUCTS = {
-    "PAGEMGR_STRUCT_CAPABILITIES": "pagemgr_capabilities",
-    "PAGEMGR_STRUCT_WRITE_KV": "pagemgr_write_kv_args",
-    "PAGEMGR_STRUCT_ATTENTION": "pagemgr_attention_args",
-    "PAGEMGR_STRUCT_COPY_BLOCKS": "pagemgr_copy_blocks_args",
-    "PAGEMGR_STRUCT_MERGE": "pagemgr_merge_args",
-}
-FUNCTIONS = ("message", "get_capabilities", "attention_workspace", "write_kv", "attention", "copy_blocks", "merge")
-
-
-class NativeLibrary:
-    """A loaded library: its functions, with a failed status raised as the exception that it stands for.
-
-    Raises ``BackendUnavailable`` if the file is missing, cut short or no shared library for this machine, and
-    ``NativeAbiMismatch`` if it is one, but does not implement the header of this pagemgr.
-    """
-
-    def __init__(self, backend: str, path: Path, remedy: str) -> None:
-        self.backend, self.path, self._remedy = backend, path, remedy
-        self.ffi = _ffi()
-        self._void_pointer = self.ffi.typeof("void *")
-        self.lib = self._open()
-        self._compare()
-        self.capabilities = self._read_capabilities()
-        self.dtypes: dict[torch.dtype, int] = {kind: getattr(self.lib, name) for name, kind in _DTYPES.items()}
-        self.kv_dtypes: dict[torch.dtype, int] = {kind: getattr(self.lib, name) for name, kind in _KV_DTYPES.items()}
-
-    def call(self, function: str, *args: Any) -> None:
-        """Call ``pagemgr_<function>``. This is the one place where a status becomes an exception."""
-        status = getattr(self.lib, f"pagemgr_{function}")(*args)
-        if status:
-            raise self._error(function, status)
-
-    def describe(self, errors: int) -> str:
-        """An error word, in words."""
-        return ", ".join(text for name, text in _ERRORS.items() if errors & getattr(self.lib, name))
-
-    def _error(self, function: str, status: int) -> Exception:
-        message = self.ffi.string(self.lib.pagemgr_message()).decode(errors="replace")
-        if status == self.lib.PAGEMGR_INVALID:
-            return InvalidInput(f"{function}: {message}")
-        if status == self.lib.PAGEMGR_UNSUPPORTED:
-            return UnsupportedFeature(self.backend, (message,))
-        if status == self.lib.PAGEMGR_DEVICE:
-            return BackendUnavailable(self.backend, message)
-        return InternalError(f"{self.path}: {function} returned the unknown status {status}: {message}")
-
-    def pointer(self, tensor: torch.Tensor) -> Any:
-        """To the first element, for any pointer of the ABI: the header's structs take ``void *`` for each of theirs."""
-        return self.ffi.cast(self._void_pointer, tensor.data_ptr())
-
-    def _open(self) -> Any:
-        if not self.path.is_file():
-            raise BackendUnavailable(self.backend, f"there is no library {self.path}: {self._remedy}")
-        if not _is_whole(self.path):
-            raise BackendUnavailable(self.backend, f"{self.path} is no shared library, or cut short: {self._remedy}")
-        try:
-            return self.ffi.dlopen(str(self.path.resolve()))
-        except OSError as error:
-            raise BackendUnavailable(self.backend, f"{self.path} does not load: {error}: {self._remedy}") from error
-
-    def _compare(self) -> None:
-        try:
-            found, wanted = self.lib.pagemgr_abi_version(), self.lib.PAGEMGR_ABI_VERSION
-        except AttributeError:
-            raise self._mismatch("it does not have pagemgr_abi_version, so it is no library for pagemgr") from None
-        if found != wanted:
-            raise self._mismatch(f"it implements version {found} of the ABI, this pagemgr needs {wanted}")
-        for function in ("struct_size", *FUNCTIONS):
-            if not hasattr(self.lib, f"pagemgr_{function}"):
-                raise self._mismatch(f"it does not have pagemgr_{function}")
-        for constant, name in _STRUCTS.items():
-            size, expected = self.lib.pagemgr_struct_size(getattr(self.lib, constant)), self.ffi.sizeof(name)
-            if size != expected:
-                raise self._mismatch(f"its {name} has {size} bytes, that of this pagemgr {expected}")
-
-    def _mismatch(self, reason: str) -> NativeAbiMismatch:
-        return NativeAbiMismatch(self.backend, self.path, f"{reason}: {self._remedy}")
-
-    def _read_capabilities(self) -> Capabilities:
-        declared = self.ffi.new("pagemgr_capabilities *")
-        self.call("get_capabilities", declared)
-        device = next((kind for name, kind in _DEVICES.items() if declared.device == getattr(self.lib, name)), None)
-        if device is None:
-            raise self._mismatch(f"it declares the unknown device {declared.device}")
-        self.variant = self.ffi.string(declared.variant).decode(errors="replace")
-        return Capabilities(
-            devices=frozenset({device}),
-            dtypes=frozenset(kind for name, kind in _DTYPES.items() if declared.dtypes >> getattr(self.lib, name) & 1),
-            kv_dtypes=frozenset(
-                kind for name, kind in _KV_DTYPES.items() if declared.kv_dtypes >> getattr(self.lib, name) & 1
-            ),
-            head_dims=_numbers(declared.head_dims),
-            group_sizes=_numbers(declared.group_sizes),
-            block_sizes=_numbers(declared.block_sizes),
-            features=frozenset(
-                one for one in Feature if declared.features & getattr(self.lib, f"PAGEMGR_{one.name.upper()}")
-            ),
-            graph_capture=bool(declared.graph_capture),
-        )
+_POINTERS = ("query", "out", "lse", "workspace")
+_KV_POINTERS = ("key", "value", "key_scale", "value_scale")
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """The last call of ``attention``: a step asks the same of every layer, so that it is checked once."""
+    """A filled call of ``attention``: a step asks the same of every layer, so that it is checked and filled once."""
 
     batch: PagedBatch
     params: AttentionParams
     facts: tuple[object, ...]
     args: Any
+    words: Any
+    """The same memory in words of 64 bits."""
+    workspace_bytes: int
 
 
-def _layout(tensor: torch.Tensor | None) -> object:
-    """All that a check of a tensor may look at."""
-    return tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+def _stream(device: torch.device) -> int:
+    """The device's current stream, 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class NativeBackend:
@@ -184,7 +68,10 @@ class NativeBackend:
 
     def __init__(self) -> None:
         self.library = self._load()
-        self._last: _Prepared | None = None
+        offset, struct = self.library.ffi.offsetof, "pagemgr_attention_args"
+        self._word = {name: offset(struct, name) // 8 for name in _POINTERS}
+        self._word |= {name: offset(struct, "kv", name) // 8 for name in _KV_POINTERS}
+        self._ready: list[_Prepared] = []  # a call takes it out, so that no two threads use one
 
     @classmethod
     def _load(cls) -> NativeLibrary:
@@ -218,25 +105,28 @@ class NativeBackend:
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
-        library = self.library
         tensors = (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)
-        facts = (torch.get_num_threads(), *map(_layout, tensors))
-        last = self._last
-        if last is None or last.batch is not batch or last.params is not params or last.facts != facts:
+        facts = (torch.get_num_threads(), _stream(query.device), *map(facts_of, tensors))
+        try:
+            ready = self._ready.pop()
+        except IndexError:
+            ready = None
+        if ready is None or ready.batch is not batch or ready.params is not params or ready.facts != facts:
             check_attention(self, query, kv, batch, params, out, lse)
-            last = self._last = _Prepared(batch, params, facts, self._attention_args(query, kv, batch, params)[0])
+            args = self._attention_args(query, kv, batch, params)
+            words = self.library.ffi.cast("int64_t *", args)
+            ready = _Prepared(batch, params, facts, args, words, args.workspace_bytes)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        args = library.ffi.new("pagemgr_attention_args *", last.args)
-        self._set_run(args.run, query.device)
-        args.kv.key, args.kv.value = library.pointer(kv.key), library.pointer(kv.value)
+        workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=query.device)
+        words, word = ready.words, self._word
+        words[word["query"]], words[word["out"]] = query.data_ptr(), out.data_ptr()
+        words[word["workspace"]] = workspace.data_ptr()
+        words[word["lse"]] = 0 if lse is None else lse.data_ptr()
+        words[word["key"]], words[word["value"]] = kv.key.data_ptr(), kv.value.data_ptr()
         if kv.key_scale is not None and kv.value_scale is not None:
-            args.kv.key_scale, args.kv.value_scale = library.pointer(kv.key_scale), library.pointer(kv.value_scale)
-        args.query, args.out = library.pointer(query), library.pointer(out)
-        if lse is not None:
-            args.lse = library.pointer(lse)
-        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=query.device)
-        args.workspace = library.pointer(workspace)
-        self._call("attention", args)
+            words[word["key_scale"]], words[word["value_scale"]] = kv.key_scale.data_ptr(), kv.value_scale.data_ptr()
+        self._call("attention", ready.args)
+        self._ready[:] = (ready,)
         return out
 
     def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
@@ -308,7 +198,7 @@ class NativeBackend:
         run.num_threads = torch.get_num_threads()
         if device.type == "cuda":
             run.device_index = device.index
-            run.stream = self.library.ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)
+            run.stream = self.library.ffi.cast("void *", _stream(device))
 
     def _set_kv(self, args: Any, kv: KVLayer, dtype: torch.dtype) -> None:
         key, value = kv.key, kv.value
@@ -359,35 +249,3 @@ class BuiltBackend(NativeBackend):
     def _load(cls) -> NativeLibrary:
         path = build(recipe(cls.name), cls.cache_dir)
         return NativeLibrary(cls.name, path, f"delete {path}, and it is built again")
-
-
-@functools.cache
-def _ffi() -> Any:
-    """The header, parsed: 10 ms."""
-    ffi = cffi.FFI()
-    ffi.cdef((SOURCES / "pagemgr_abi.h").read_text(encoding="utf-8"))
-    return ffi
-
-
-def _numbers(declared: Sequence[int]) -> frozenset[int] | None:
-    """A list of the ABI, which ends at its first 0; None, "any", if that is its first number."""
-    numbers = list(declared)
-    end = numbers.index(0) if 0 in numbers else len(numbers)
-    return frozenset(numbers[:end]) or None
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file is a 64-bit ELF object none of whose segments is cut off: to load one that is would be a crash."""
-    with path.open("rb") as file:
-        header = file.read(64)
-        if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-            return False
-        order = "<" if header[5] == 1 else ">"
-        (table,) = struct.unpack_from(f"{order}Q", header, 32)
-        entry_size, count = struct.unpack_from(f"{order}HH", header, 54)
-        file.seek(table)
-        entries = file.read(entry_size * count)
-    if entry_size < 56 or len(entries) < entry_size * count:
-        return False
-    ends = (sum(struct.unpack_from(f"{order}8xQ16xQ", entries, entry_size * i)) for i in range(count))
-    return max(ends, default=0) <= path.stat().st_size

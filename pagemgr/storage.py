@@ -43,13 +43,14 @@ class Storage:
         self._timings = Timings(device) if timings is None else timings
         self.tiers: dict[str, torch.Tensor] = {}
         for name, blocks in num_blocks.items():
-            shape, on_host = (blocks, layout.num_layers, layout.layer_bytes), name != "device"
-            self.tiers[name] = torch.empty(
-                shape,
-                dtype=torch.uint8,
-                device="cpu" if on_host else device,
-                pin_memory=on_host and device.type == "cuda",
-            )
+            shape = (blocks, layout.num_layers, layout.layer_bytes)
+            if device.type == "cpu":
+                # numpy asks for huge pages, torch does not: scattered blocks are read a fifth faster from them
+                self.tiers[name] = torch.from_numpy(np.empty(shape, dtype=np.uint8))
+            elif name == "device":
+                self.tiers[name] = torch.empty(shape, dtype=torch.uint8, device=device)
+            else:
+                self.tiers[name] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
             self.tiers[name][NULL_BLOCK] = 0
         stored = getattr(torch, layout.stored)
         self.layers = tuple(KVLayer.of(layer, stored, layout.shape) for layer in self.tiers["device"].unbind(1))

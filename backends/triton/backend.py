@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from pagemgr.backends.checks import check_attention, check_copy, check_merge, check_write
-from pagemgr.backends.interface import AttentionParams, Capabilities, KVLayer
+from pagemgr.backends.checks import check_attention, check_copy, check_merge, check_write, facts_of
+from pagemgr.backends.interface import LARGEST, AttentionParams, Capabilities, KVLayer
 from pagemgr.batch import PagedBatch
 
 from .attention import attention
@@ -24,14 +26,25 @@ _ON_GPU = Capabilities(
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
     head_dims=HEAD_DIMS,
     group_sizes=GROUP_SIZES,
+    kv_dtypes=frozenset(LARGEST),
     graph_capture=True,
 )
+_ON_OLDER_GPU = replace(_ON_GPU, kv_dtypes=_ON_GPU.kv_dtypes - {torch.float8_e4m3fn})
 _INTERPRETED = Capabilities(
     devices=frozenset({"cpu"}),
     dtypes=frozenset({torch.float16, torch.float32}),  # the interpreter's product of bfloat16 is wrong
     head_dims=HEAD_DIMS,
     group_sizes=GROUP_SIZES,
+    kv_dtypes=frozenset({torch.int8}),  # it rounds to float8 wrongly
 )
+
+
+@functools.cache
+def _capabilities() -> Capabilities:
+    if INTERPRETED:
+        return _INTERPRETED
+    has_e4m3 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+    return _ON_GPU if has_e4m3 else _ON_OLDER_GPU
 
 
 class TritonBackend:
@@ -53,14 +66,18 @@ class TritonBackend:
         major, minor = torch.cuda.get_device_capability()
         return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, 8.0 is needed"
 
+    def __init__(self) -> None:
+        self._checked: tuple[PagedBatch, AttentionParams, tuple[object, ...]] | None = None
+        """The last call of ``attention`` that was checked: the layers of a step ask for the same."""
+
     def capabilities(self) -> Capabilities:
-        """Every feature; head dims and group sizes as listed; any block size."""
-        return _INTERPRETED if INTERPRETED else _ON_GPU
+        """Every feature; head dims and group sizes as listed; any block size; float8_e4m3fn from 8.9 on."""
+        return _capabilities()
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer, slot_mapping: torch.Tensor) -> None:
         """See ``Backend.write_kv``."""
         if torch.compiler.is_compiling():
-            torch.ops.pagemgr.triton_write_kv(key, value, kv.key, kv.value, slot_mapping)
+            torch.ops.pagemgr.triton_write_kv(key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
         else:
             check_write(self, key, value, kv, slot_mapping)
             write_kv(key, value, kv, slot_mapping)
@@ -78,12 +95,17 @@ class TritonBackend:
         if torch.compiler.is_compiling():
             out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
             torch.ops.pagemgr.triton_attention(
-                query, kv.key, kv.value, batch.block_table, batch.seq_lens, batch.query_start, batch.slot_mapping,
+                query, kv.key, kv.value, kv.key_scale, kv.value_scale,
+                batch.block_table, batch.seq_lens, batch.query_start, batch.slot_mapping,
                 batch.max_query_len, batch.max_seq_len, params.scale, params.causal, params.window, params.softcap,
                 params.alibi_slopes, params.sinks, out, lse,
             )  # fmt: skip
             return out
-        check_attention(self, query, kv, batch, params, out, lse)
+        facts = tuple(map(facts_of, (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)))
+        checked = self._checked
+        if checked is None or checked[0] is not batch or checked[1] is not params or checked[2] != facts:
+            check_attention(self, query, kv, batch, params, out, lse)
+            self._checked = (batch, params, facts)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
         attention(query, kv, batch, params, out, lse)
         return out

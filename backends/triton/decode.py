@@ -13,6 +13,9 @@ a part, and a second kernel joins the parts.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -22,9 +25,10 @@ from pagemgr.backends.interface import AttentionParams, KVLayer
 from pagemgr.batch import PagedBatch
 
 from .device import chains, multiprocessors, on
-from .launch import Launcher, form
-from .sizes import decode_sizes, power_of_two
-from .tile import add_sink, block_ids, load_rows, normalise, store_nothing, store_rows, walk
+from .launch import Launcher, form, scale_strides
+from .quantised import narrow
+from .sizes import DecodeSizes, decode_sizes, power_of_two
+from .tile import add_sink, at_head, block_ids, load_rows, no_sums, normalise, store_nothing, store_rows, walk
 
 JOINED = tl.constexpr(16)
 """Parts joined in one go."""
@@ -125,12 +129,14 @@ def _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token, 
 
 
 @triton.jit(do_not_specialize=["num_seqs", "window", "most_new", "stride_table"],
-            do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "lse", "slopes", "sinks"],
+            do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "lse", "slopes", "sinks",
+                                            "key_scale", "value_scale"],
             )  # fmt: skip
 def decode_kernel(
-    query, key, value, block_table, seq_lens, query_start, out, lse, scratch, slopes, sinks, scale, softcap, window,
-    num_seqs, kv_heads, group, most_new,
-    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_table,
+    query, key, value, key_scale, value_scale,
+    block_table, seq_lens, query_start, out, lse, scratch, slopes, sinks, scale, softcap, window,
+    num_seqs, kv_heads, group, most_new, stride_query_token, stride_query_head, stride_block, stride_kv_head,
+    stride_token, stride_scale, stride_scale_head, stride_table,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, CAUSAL: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -138,8 +144,8 @@ def decode_kernel(
 
     query, out     [tokens, heads, DIM], query by strides               lse            [tokens, heads] or None
     key, value     [blocks, kv_heads, BLOCK_SIZE, DIM] by strides       slopes, sinks  [heads] or None
-    block_table    [seqs, width] by stride_table                        scratch        see ``_views``
-    seq_lens       [seqs], query_start [seqs + 1]
+    key_scale, value_scale  [blocks, kv_heads, BLOCK_SIZE] by strides, or None   scratch  see ``_views``
+    block_table    [seqs, width] by stride_table    seq_lens [seqs]     query_start    [seqs + 1]
     """
     cta, ctas = tl.program_id(0), tl.num_programs(0)
     cuts = _views(scratch, ctas, ROWS, PADDED_DIM)[2]
@@ -163,28 +169,26 @@ def decode_kernel(
             block = block_ids(blocks, (origin + begin) * TILE, length, BLOCK_SIZE, TILE)
             rows = load_rows(query + head * group * stride_query_head, token, new, group,
                              stride_query_token, stride_query_head, scale, ROWS, DIM, PADDED_DIM)  # fmt: skip
-            slope = None
-            if slopes is not None:
-                slope = tl.load(slopes + head * group + row % group)
-            acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            shift = head.to(tl.int64) * stride_kv_head
+            power = None
+            if key_scale is not None:
+                rows, power = narrow(rows)
+            slope = tl.load(slopes + head * group + row % group) if slopes is not None else None
+            acc, top, total = no_sums(ROWS, PADDED_DIM)
             acc, top, total = walk(
-                rows, block, acc, top, total, key + shift, value + shift, blocks,
+                rows, power, block, acc, top, total,
+                at_head(key, head, stride_kv_head), at_head(value, head, stride_kv_head),
+                at_head(key_scale, head, stride_scale_head), at_head(value_scale, head, stride_scale_head), blocks,
                 (origin + begin) * TILE, (origin + end) * TILE, first, length, length - new + row // group, slope,
-                scale, softcap, window, stride_block, stride_token, BLOCK_SIZE, DIM, TILE, CAUSAL, True,
+                scale, softcap, window, stride_block, stride_token, stride_scale, BLOCK_SIZE, DIM, TILE, CAUSAL, True,
             )  # fmt: skip
-
             whole = (begin == 0) & (end == count)
             _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token, new, head, group,
                    kv_heads * group, ROWS, DIM, PADDED_DIM)  # fmt: skip
             if begin == 0:
-                shares = _share_of(item + count - 1, tiles, ctas) - cta + 1
+                shares = tl.where(whole, 0, _share_of(item + count - 1, tiles, ctas) - cta + 1)
                 tl.store(cuts + (seq * kv_heads + head) * 2, part)
-                tl.store(cuts + (seq * kv_heads + head) * 2 + 1, tl.where(whole, 0, shares))
-            tile = item + end
-            part = 2 * cta + 1
+                tl.store(cuts + (seq * kv_heads + head) * 2 + 1, shares)
+            tile, part = item + end, 2 * cta + 1
     if CHAINED:
         cuda.gdc_launch_dependents()
 
@@ -254,6 +258,37 @@ def count_shares(slots: int, kv_heads: int, most_tiles: int) -> int:
     return max(min(even if 16 * even >= 15 * slots else slots, most_tiles), 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """What follows from a batch's maxima."""
+
+    sizes: DecodeSizes
+    padded_dim: int
+    ctas: int
+    scratch_words: int
+    chained: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    dim: int,
+    kv_heads: int,
+    group: int,
+    most_new: int,
+    num_seqs: int,
+    max_seq_len: int,
+) -> _Shares:
+    padded_dim = power_of_two(dim)
+    sizes = decode_sizes(dtype, kv_dtype, padded_dim, group, most_new, items=num_seqs * kv_heads)
+    most_tiles = num_seqs * kv_heads * -(-max(max_seq_len, 1) // sizes.tile)
+    ctas = count_shares(multiprocessors(device) * sizes.ctas_per_sm, kv_heads, most_tiles)
+    words = 2 * ctas * sizes.rows * (padded_dim + 1) + 2 * num_seqs * kv_heads
+    return _Shares(sizes, padded_dim, ctas, words, chains(device))
+
+
 def decode(
     query: torch.Tensor,
     kv: KVLayer,
@@ -269,27 +304,27 @@ def decode(
     """
     num_tokens, heads, dim = query.shape
     _, kv_heads, block_size, _ = kv.key.shape
-    device, num_seqs, group, padded_dim = query.device, batch.num_seqs, heads // kv_heads, power_of_two(dim)
-    sizes = decode_sizes(query.dtype, padded_dim, group, most_new, items=num_seqs * kv_heads)
-    most_tiles = num_seqs * kv_heads * -(-max(batch.max_seq_len, 1) // sizes.tile)
-    ctas = count_shares(multiprocessors(device) * sizes.ctas_per_sm, kv_heads, most_tiles)
-    words = 2 * ctas * sizes.rows * (padded_dim + 1) + 2 * num_seqs * kv_heads
-    scratch = torch.empty(words, dtype=torch.float32, device=device)
-    seqs, chained = 32 if num_seqs <= 32 else 256, chains(device)
-    strides = (*query.stride()[:2], *kv.key.stride()[:3])
+    device, num_seqs, group = query.device, batch.num_seqs, heads // kv_heads
+    share = _shares(device, query.dtype, kv.key.dtype, dim, kv_heads, group, most_new, num_seqs, batch.max_seq_len)
+    sizes, padded_dim, ctas, chained = share.sizes, share.padded_dim, share.ctas, share.chained
+    causal = params.causal and most_new > 1  # one new token is the last, and sees all there are
+    scratch = torch.empty(share.scratch_words, dtype=torch.float32, device=device)
+    seqs = 32 if num_seqs <= 32 else 256
+    strides = (*query.stride()[:2], *kv.key.stride()[:3], *scale_strides(kv))
     features = tuple(x is None for x in (lse, params.alibi_slopes, params.sinks, params.softcap, params.window))
-    depends = (kv_heads, group, *strides, block_size, dim, sizes, seqs, params.causal, features)
+    depends = (kv.key.dtype, kv_heads, group, *strides, block_size, dim, sizes, seqs, causal, features)
     key = form(query, kv.key, kv.value, out, depends=depends)
     with on(device):
         if num_seqs:
             _decode(
                 (ctas, 1, 1), key,
-                query, kv.key, kv.value, batch.block_table, batch.seq_lens, batch.query_start, out, lse, scratch,
+                query, kv.key, kv.value, kv.key_scale, kv.value_scale,
+                batch.block_table, batch.seq_lens, batch.query_start, out, lse, scratch,
                 params.alibi_slopes, params.sinks,
                 dim**-0.5 if params.scale is None else float(params.scale),
                 params.softcap and float(params.softcap), params.window,
                 num_seqs, kv_heads, group, most_new, *strides, batch.block_table.stride(0),
-                block_size, dim, padded_dim, sizes.rows, sizes.tile, seqs, params.causal, chained,
+                block_size, dim, padded_dim, sizes.rows, sizes.tile, seqs, causal, chained,
                 num_warps=sizes.warps, num_stages=sizes.stages,
             )  # fmt: skip
         _join(

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
+from pagemgr.backends.interface import KVLayer
+
 from .device import INTERPRETED
 
 ALIGNMENT = 16
 """Bytes: Triton compiles wider loads for pointers that are multiples of this."""
+
+
+def scale_strides(kv: KVLayer) -> tuple[int, int]:
+    """Of the scales, between blocks and heads; 0 if there are none."""
+    return (0, 0) if kv.key_scale is None else (kv.key_scale.stride(0), kv.key_scale.stride(1))
 
 
 class Launcher:

@@ -16,16 +16,20 @@ from pagemgr.batch import PagedBatch
 from .backend import TritonBackend
 
 
-@torch.library.custom_op("pagemgr::triton_write_kv", mutates_args=("key_cache", "value_cache"))
+@torch.library.custom_op(
+    "pagemgr::triton_write_kv", mutates_args=("key_cache", "value_cache", "key_scale", "value_scale")
+)
 def write_kv(
     key: torch.Tensor,
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
     slot_mapping: torch.Tensor,
 ) -> None:
     """``Backend.write_kv``."""
-    TritonBackend().write_kv(key, value, KVLayer(key_cache, value_cache), slot_mapping)
+    TritonBackend().write_kv(key, value, KVLayer(key_cache, value_cache, key_scale, value_scale), slot_mapping)
 
 
 @torch.library.custom_op("pagemgr::triton_attention", mutates_args=("out", "lse"))
@@ -33,6 +37,8 @@ def attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start: torch.Tensor,
@@ -51,7 +57,7 @@ def attention(
     """``Backend.attention`` into a given ``out``."""
     batch = PagedBatch(block_table, seq_lens, query_start, slot_mapping, max_query_len, max_seq_len)
     params = AttentionParams(scale, causal, window, softcap, alibi_slopes, sinks)
-    TritonBackend().attention(query, KVLayer(key_cache, value_cache), batch, params, out, lse)
+    TritonBackend().attention(query, KVLayer(key_cache, value_cache, key_scale, value_scale), batch, params, out, lse)
 
 
 @torch.library.custom_op("pagemgr::triton_copy_blocks", mutates_args=("pool",))

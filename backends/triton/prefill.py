@@ -10,9 +10,10 @@ from pagemgr.backends.interface import AttentionParams, KVLayer
 from pagemgr.batch import PagedBatch
 
 from .device import on
-from .launch import Launcher, form
+from .launch import Launcher, form, scale_strides
+from .quantised import narrow
 from .sizes import power_of_two, prefill_sizes
-from .tile import add_sink, block_ids, load_rows, normalise, store_nothing, store_rows, walk
+from .tile import add_sink, at_head, block_ids, load_rows, no_sums, normalise, store_nothing, store_rows, walk
 
 
 @triton.jit
@@ -34,9 +35,10 @@ def _find(tile, query_start, num_seqs, TOKENS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query, key, value, blocks, out, lse, slopes, sinks, scale, softcap, window,
+    query, key, value, key_scale, value_scale, blocks, out, lse, slopes, sinks, scale, softcap, window,
     token, offset, new, length, head, group, heads,
-    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token,
+    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_scale,
+    stride_scale_head,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -46,14 +48,16 @@ def _attend(
     position = length - new + offset + row // group
     rows = load_rows(query + head * group * stride_query_head, token + offset, ours, group,
                      stride_query_token, stride_query_head, scale, ROWS, DIM, PADDED_DIM)  # fmt: skip
+    power = None
+    if key_scale is not None:
+        rows, power = narrow(rows)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head * group + row % group)
-    key += head.to(tl.int64) * stride_kv_head
-    value += head.to(tl.int64) * stride_kv_head
-    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    key, value = at_head(key, head, stride_kv_head), at_head(value, head, stride_kv_head)
+    key_scale = at_head(key_scale, head, stride_scale_head)
+    value_scale = at_head(value_scale, head, stride_scale_head)
+    acc, top, total = no_sums(ROWS, PADDED_DIM)
 
     earliest = length - new + offset  # the position of the first row
     stop = tl.minimum(length, earliest + ours) if CAUSAL else length
@@ -67,13 +71,15 @@ def _attend(
         begin = full // TILE * TILE  # every row sees all before
         block = block_ids(blocks, 0, stop, BLOCK_SIZE, TILE)
         acc, top, total = walk(
-            rows, block, acc, top, total, key, value, blocks, 0, begin, first, stop, position, slope,
-            scale, softcap, window, stride_block, stride_token, BLOCK_SIZE, DIM, TILE, CAUSAL, False,
+            rows, power, block, acc, top, total, key, value, key_scale, value_scale, blocks, 0, begin, first, stop,
+            position, slope, scale, softcap, window, stride_block, stride_token, stride_scale,
+            BLOCK_SIZE, DIM, TILE, CAUSAL, False,
         )  # fmt: skip
     block = block_ids(blocks, begin, stop, BLOCK_SIZE, TILE)
     acc, top, total = walk(
-        rows, block, acc, top, total, key, value, blocks, begin, stop, first, stop, position, slope,
-        scale, softcap, window, stride_block, stride_token, BLOCK_SIZE, DIM, TILE, CAUSAL, True,
+        rows, power, block, acc, top, total, key, value, key_scale, value_scale, blocks, begin, stop, first, stop,
+        position, slope, scale, softcap, window, stride_block, stride_token, stride_scale,
+        BLOCK_SIZE, DIM, TILE, CAUSAL, True,
     )  # fmt: skip
     if sinks is not None:
         sink = tl.load(sinks + head * group + row % group)
@@ -84,12 +90,15 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "window", "least_new", "stride_table"],
-            do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "lse", "slopes", "sinks"],
+            do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "lse", "slopes", "sinks",
+                                            "key_scale", "value_scale"],
             )  # fmt: skip
 def prefill_kernel(
-    query, key, value, block_table, seq_lens, query_start, out, lse, slopes, sinks, scale, softcap, window,
+    query, key, value, key_scale, value_scale,
+    block_table, seq_lens, query_start, out, lse, slopes, sinks, scale, softcap, window,
     num_seqs, num_tokens, kv_heads, group, least_new,
-    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_table,
+    stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_scale,
+    stride_scale_head, stride_table,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -97,6 +106,7 @@ def prefill_kernel(
 
     query       [tokens, heads, DIM] by strides      out         [tokens, heads, DIM]
     key, value  [blocks, kv_heads, BLOCK_SIZE, DIM] by strides   lse         [tokens, heads] or None
+    key_scale, value_scale  [blocks, kv_heads, BLOCK_SIZE] by strides, or None
     block_table [seqs, width] by stride_table        slopes, sinks  [heads] or None
     seq_lens    [seqs]                               query_start [seqs + 1]
     """
@@ -113,9 +123,11 @@ def prefill_kernel(
         new = tl.load(query_start + seq + 1) - token
         if (offset < new) & (new >= least_new):
             _attend(
-                query, key, value, block_table + seq.to(tl.int64) * stride_table, out, lse, slopes, sinks,
+                query, key, value, key_scale, value_scale, block_table + seq.to(tl.int64) * stride_table,
+                out, lse, slopes, sinks,
                 scale, softcap, window, token, offset, new, tl.load(seq_lens + seq), head, group, heads,
-                stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token,
+                stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_scale,
+                stride_scale_head,
                 BLOCK_SIZE, DIM, PADDED_DIM, ROWS, TOKENS, TILE, CAUSAL,
             )  # fmt: skip
 
@@ -141,14 +153,15 @@ def prefill(
     padded_dim, group = power_of_two(dim), heads // kv_heads
     sizes = prefill_sizes(query.dtype, padded_dim)
     tokens = 1 << ((sizes.rows // group).bit_length() - 1)
-    strides = (*query.stride()[:2], *kv.key.stride()[:3])
+    strides = (*query.stride()[:2], *kv.key.stride()[:3], *scale_strides(kv))
     features = tuple(x is None for x in (lse, params.alibi_slopes, params.sinks, params.softcap, params.window))
-    depends = (kv_heads, group, *strides, block_size, dim, sizes, params.causal, features)
+    depends = (kv.key.dtype, kv_heads, group, *strides, block_size, dim, sizes, params.causal, features)
     with on(query.device):
         _prefill(
             (num_tokens // tokens + batch.num_seqs + 1, kv_heads, 1),
             form(query, kv.key, kv.value, out, depends=depends),
-            query, kv.key, kv.value, batch.block_table, batch.seq_lens, batch.query_start, out, lse,
+            query, kv.key, kv.value, kv.key_scale, kv.value_scale,
+            batch.block_table, batch.seq_lens, batch.query_start, out, lse,
             params.alibi_slopes, params.sinks,
             dim**-0.5 if params.scale is None else float(params.scale),
             params.softcap and float(params.softcap), params.window,

@@ -45,10 +45,17 @@ def power_of_two(n: int) -> int:
 
 
 @functools.cache
-def decode_sizes(dtype: torch.dtype, padded_dim: int, group: int, most_new: int, items: int) -> DecodeSizes:
-    """For ``items`` (sequence, K/V head) pairs with ``group * most_new`` query rows or fewer."""
+def decode_sizes(
+    dtype: torch.dtype, kv_dtype: torch.dtype, padded_dim: int, group: int, most_new: int, items: int
+) -> DecodeSizes:
+    """For ``items`` (sequence, K/V head) pairs with ``group * most_new`` query rows or fewer.
+
+    ``dtype`` is that of queries, ``kv_dtype`` that of keys and values in the pool.
+    """
     rows = max(16, power_of_two(group * most_new))
-    token_bytes = 2 * padded_dim * dtype.itemsize  # a key and a value
+    # What is not widened on its way into registers takes as much room as if it was not quantised.
+    held = kv_dtype if rows == 16 and dtype is not torch.float32 else dtype
+    token_bytes = 2 * padded_dim * held.itemsize  # a key and a value
     if rows > 16:  # 4 warps: Triton 3.6 lays 8 out along 64 rows, which is out of bounds
         return DecodeSizes(rows, _tile(32768, token_bytes), warps=4, stages=3, ctas_per_sm=1)
     if items >= MANY_ITEMS:

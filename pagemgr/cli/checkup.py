@@ -147,7 +147,7 @@ def _open_manager(_: str, path: Path, cache_dir: str) -> str | None:
 
 
 def _open_backend(target: str, path: Path, _: str) -> str | None:
-    from pagemgr.backends.native import NativeLibrary
+    from pagemgr.backends.library import NativeLibrary
 
     try:
         NativeLibrary(target, path, "")

@@ -31,9 +31,11 @@ import torch.nn.functional as F
 
 from pagemgr.backends import AttentionParams, Backend, KVLayer, create
 from pagemgr.backends.conformance import TOLERANCE
+from pagemgr.backends.reference import TorchBackend
 from pagemgr.batch import PagedBatch
 from pagemgr.cli.output import print_table
-from pagemgr.layout import BlockLayout, DType
+from pagemgr.layout import BlockLayout, DType, KVDType
+from pagemgr.storage import Storage
 
 from .roofline import draw
 
@@ -105,16 +107,18 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of the rate at which the same bytes can be read."""
+        """Of the time in which K and V, not quantised, can be read."""
         return self.seconds_read / self.seconds
 
 
 class Bench:
     """Builds shapes on one device, and times what is called on them."""
 
-    def __init__(self, backends: list[str], device: str, dtype: str, threads: int, block_size: int) -> None:
+    def __init__(
+        self, backends: list[str], device: str, dtype: str, kv_dtype: str, threads: int, block_size: int
+    ) -> None:
         self.backends, self.device, self.dtype, self.block_size = backends, torch.device(device), dtype, block_size
-        self.threads = threads
+        self.kv_dtype, self.threads = kv_dtype, threads
         torch.set_num_threads(threads)
         self._generator = torch.Generator().manual_seed(0)
 
@@ -138,21 +142,30 @@ class Bench:
         for name, error in errors.items():
             assert error <= tolerance, f"{name} on {shape}: off by {error}, more than {tolerance}"
         times = self._time(calls)
+        held = layout.token_bytes * shape.batch * shape.context
         return [
-            Row(shape, name, times[name], times[SDPA], times[READ], times[REFERENCE], 2 * key.nbytes, errors[name])
+            Row(shape, name, times[name], times[SDPA], times[READ], times[REFERENCE], held, errors[name])
             for name in self.backends
         ]
 
     def _layout(self, shape: Shape) -> BlockLayout:
-        return BlockLayout(1, shape.kv_heads, shape.head_dim, self.block_size, DType(self.dtype))
+        return BlockLayout(
+            1, shape.kv_heads, shape.head_dim, self.block_size, DType(self.dtype), KVDType(self.kv_dtype)
+        )
 
     def _build(self, shape: Shape) -> tuple[torch.Tensor, KVLayer, PagedBatch, torch.Tensor, torch.Tensor]:
-        """Query, pool and batch with shuffled blocks; and keys and values ``[batch, heads, context, dim]``."""
+        """Query, pool and batch with shuffled blocks; and keys and values ``[batch, heads, context, dim]``.
+
+        The last two are of the query's dtype: what a quantised pool makes of them, if it is one.
+        """
         dtype, width = getattr(torch, self.dtype), -(-shape.context // self.block_size)
         count = shape.batch * width
-        parts = torch.randn(1 + count, 2, *self._layout(shape).shape, generator=self._generator)
         table = (1 + torch.randperm(count, generator=self._generator)).view(shape.batch, width).to(self.device)
-        kv = KVLayer(*parts.to(self.device, dtype).unbind(1))
+        made = Storage(self._layout(shape), {"device": 1 + count}, self.device, TorchBackend())
+        (kv,) = made.layers
+        new = torch.randn(2, (1 + count) * self.block_size, shape.kv_heads, shape.head_dim, generator=self._generator)
+        key, value = new.to(self.device, dtype)
+        TorchBackend().write_kv(key, value, kv, torch.arange(len(key), device=self.device))
         tokens = shape.batch * shape.new
         heads = shape.kv_heads * shape.group
         query = torch.randn(tokens, heads, shape.head_dim, generator=self._generator).to(self.device, dtype)
@@ -165,7 +178,12 @@ class Bench:
             max_seq_len=shape.context,
         )
         key, value = (
-            part[table].transpose(1, 2).flatten(2, 3)[:, :, : shape.context].contiguous() for part in (kv.key, kv.value)
+            (part[table] if scale is None else part[table].float() * scale[table].unsqueeze(-1))
+            .transpose(1, 2)
+            .flatten(2, 3)[:, :, : shape.context]
+            .to(dtype)
+            .contiguous()
+            for part, scale in ((kv.key, kv.key_scale), (kv.value, kv.value_scale))
         )
         return query, kv, batch, key, value
 
@@ -246,7 +264,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def record(rows: list[Row], bench: Bench) -> None:
     """Append the table to RESULTS.md."""
-    lines = [f"\n## {datetime.now(UTC):%Y-%m-%d}, {', '.join(bench.backends)}, {bench.dtype}\n"]
+    lines = [f"\n## {datetime.now(UTC):%Y-%m-%d}, {', '.join(bench.backends)}, {bench.dtype}, K/V {bench.kv_dtype}\n"]
     lines.append(
         f"{bench.hardware()}; commit {_commit()}; `python -m tests.bench.attention {' '.join(sys.argv[1:])}`\n"
     )
@@ -260,6 +278,7 @@ def record(rows: list[Row], bench: Bench) -> None:
 @click.option("--backend", "backends", multiple=True, default=("cpu",), show_default=True, help="May be repeated.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--kv-dtype", type=click.Choice([kind.value for kind in KVDType]), default="auto", show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Of torch and of the cpu backend.")
 @click.option("--block-size", default=16, show_default=True)
 @click.option("--only", type=click.Choice(("decode", "prefill")), help="One kind of shape; both unless given.")
@@ -271,6 +290,7 @@ def main(
     backends: tuple[str, ...],
     device: str,
     dtype: str,
+    kv_dtype: str,
     threads: int,
     block_size: int,
     only: str | None,
@@ -280,7 +300,7 @@ def main(
     recorded: bool,
 ) -> None:
     """Time paged attention beside torch's own on the same K and V, contiguous."""
-    bench = Bench(list(backends), device, dtype, threads, block_size)
+    bench = Bench(list(backends), device, dtype, kv_dtype, threads, block_size)
     shapes = [shape for shape in DECODE + PREFILL if only in {None, shape.kind} and match in str(shape)]
     rows = []
     for shape in shapes:

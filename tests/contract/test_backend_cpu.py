@@ -14,7 +14,8 @@ import torch
 from pagemgr.backends.cases import Case, build
 from pagemgr.backends.conformance import ConformanceSuite, checks
 from pagemgr.backends.cpu import CpuBackend
-from pagemgr.backends.native import FUNCTIONS, NativeBackend
+from pagemgr.backends.library import FUNCTIONS
+from pagemgr.backends.native import NativeBackend
 from pagemgr.errors import InvalidInput
 from pagemgr.native.build import CPU_VARIANTS, cpu_recipe
 from pagemgr.native.build import build as build_library

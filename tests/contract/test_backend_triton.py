@@ -227,12 +227,12 @@ def test_operations_pass_torchs_own_checks() -> None:
     tables = (batch.block_table, batch.seq_lens, batch.query_start, batch.slot_mapping)
     half, out = query.half(), torch.empty_like(query, dtype=torch.float16)
     for operation, arguments in (
-        (library.write_kv, (new, new + 1, kv.key, kv.value, torch.tensor([3, -1], device="cuda"))),
+        (library.write_kv, (new, new + 1, kv.key, kv.value, None, None, torch.tensor([3, -1], device="cuda"))),
         (library.copy_blocks, (kv.key, torch.tensor([[1, 2]], device="cuda"))),
         (library.merge, ([half, half + 1], [lse, lse + 1])),
         (
             library.attention,
-            (half, kv.key, kv.value, *tables, 1, 40, None, True, None, None, None, None, out, lse.clone()),
+            (half, kv.key, kv.value, None, None, *tables, 1, 40, None, True, None, None, None, None, out, lse.clone()),
         ),
     ):
         torch.library.opcheck(operation, arguments)

@@ -9,7 +9,7 @@ import torch
 
 from pagemgr.backends import AttentionParams, Capabilities, KVLayer, registry
 from pagemgr.backends.cases import attention_cases, base_case, build
-from pagemgr.backends.conformance import ConformanceSuite
+from pagemgr.backends.conformance import TOLERANCE, ConformanceSuite
 from pagemgr.backends.triton import library
 from pagemgr.backends.triton.backend import TritonBackend
 from pagemgr.layout import BlockLayout, DType
@@ -69,12 +69,28 @@ def test_operations_pass_torchs_own_checks() -> None:
     tables = (batch.block_table, batch.seq_lens, batch.query_start, batch.slot_mapping)
     maxima = (batch.max_query_len, batch.max_seq_len)
     for operation, arguments in (
-        (library.write_kv, (key, key + 1, kv.key, kv.value, slots)),
+        (library.write_kv, (key, key + 1, kv.key, kv.value, None, None, slots)),
         (library.copy_blocks, (given.pool, torch.tensor([[1, 2]]))),
         (library.merge, ([key, key + 1], [torch.randn(3, 2), torch.randn(3, 2)])),
         (
             library.attention,
-            (given.query, kv.key, kv.value, *tables, *maxima, None, True, 7, 1.5, None, torch.randn(4), out, None),
+            (
+                given.query,
+                kv.key,
+                kv.value,
+                None,
+                None,
+                *tables,
+                *maxima,
+                None,
+                True,
+                7,
+                1.5,
+                None,
+                torch.randn(4),
+                out,
+                None,
+            ),
         ),
     ):
         torch.library.opcheck(operation, arguments)
@@ -97,6 +113,20 @@ def test_a_compiled_step_has_no_graph_breaks_and_the_same_results() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(given.query, new, pools[1])
     torch.testing.assert_close(compiled, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(pools[0].view(torch.int32), pools[1].view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_is_read(kv_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """It is written on GPUs alone: the interpreter rounds to it wrongly."""
+
+    class Backend(TritonBackend):
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities(), kv_dtypes=frozenset({kv_dtype}))
+
+    given = problem(dtype=dtype, kv_dtype=kv_dtype)
+    out = Backend().attention(given.query, given.kv, given.batch, given.params)
+    torch.testing.assert_close(out.double(), given.expected()[0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_what_is_declared_is_what_is_run() -> None:

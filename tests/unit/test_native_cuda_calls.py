@@ -15,7 +15,7 @@ from pagemgr.backends import AttentionParams
 from pagemgr.backends.cases import Case, Problem, build
 from pagemgr.backends.conformance import checks
 from pagemgr.backends.cuda import CudaBackend
-from pagemgr.backends.native import NativeLibrary
+from pagemgr.backends.library import NativeLibrary
 from pagemgr.backends.reference import TorchBackend
 from pagemgr.errors import InvalidInput, UnsupportedFeature
 from pagemgr.native.build import SOURCES

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pagemgr.backends.cuda import CudaBackend
-from pagemgr.backends.native import NativeLibrary
+from pagemgr.backends.library import NativeLibrary
 from pagemgr.errors import BackendUnavailable
 from pagemgr.native.build import Recipe, recipe
 

@@ -21,15 +21,22 @@ from pagemgr.backends.triton.sizes import MANY_ITEMS, decode_sizes, power_of_two
 SHARED_BYTES_OF_A_CTA = 227 * 1024
 SHARED_BYTES_OF_ALL = 228 * 1024
 RESERVED_BYTES_OF_A_CTA = 1024
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"}
 POINTERS = {"block_table": "*i32", "seq_lens": "*i32", "query_start": "*i32", "scratch": "*fp32"}
 
 
-def shared_bytes(kernel, dtype: torch.dtype, constants: dict[str, object], warps: int, stages: int) -> int:
+def shared_bytes(
+    kernel, dtype: torch.dtype, kv_dtype: torch.dtype, constants: dict[str, object], warps: int, stages: int
+) -> int:
     """Of one CTA, compiled for compute capability 9.0 with no optional feature."""
     constants = constants | dict.fromkeys(("lse", "slopes", "sinks", "softcap", "window"))
-    tensors = dict.fromkeys(("query", "key", "value", "out"), f"*{NAMES[dtype]}")
-    types = dict.fromkeys(kernel.arg_names, "i32") | tensors | POINTERS | {"scale": "fp32"}
+    tensors = dict.fromkeys(("query", "out"), f"*{NAMES[dtype]}") | dict.fromkeys(
+        ("key", "value"), f"*{NAMES[kv_dtype]}"
+    )
+    scales = dict.fromkeys(("key_scale", "value_scale"), "*fp32")
+    if kv_dtype is dtype:
+        constants |= dict.fromkeys(scales)
+    types = dict.fromkeys(kernel.arg_names, "i32") | tensors | scales | POINTERS | {"scale": "fp32"}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     at = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     aligned = [*tensors, "scratch", *(name for name in kernel.arg_names if name.startswith("stride_"))]
@@ -44,38 +51,49 @@ def shared_bytes(kernel, dtype: torch.dtype, constants: dict[str, object], warps
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "group", "most_new", "items"),
+    ("dtype", "kv_dtype", "dim", "group", "most_new", "items"),
     [
-        (torch.bfloat16, 128, 4, 1, 8),
-        (torch.bfloat16, 128, 4, 1, MANY_ITEMS),
-        (torch.bfloat16, 256, 4, 16, 8),
-        (torch.float32, 256, 4, 16, MANY_ITEMS),
+        (torch.bfloat16, torch.bfloat16, 128, 4, 1, 8),
+        (torch.bfloat16, torch.bfloat16, 128, 4, 1, MANY_ITEMS),
+        (torch.bfloat16, torch.bfloat16, 256, 4, 16, 8),
+        (torch.float32, torch.float32, 256, 4, 16, MANY_ITEMS),
+        (torch.bfloat16, torch.float8_e4m3fn, 256, 4, 1, 8),
+        (torch.bfloat16, torch.float8_e4m3fn, 128, 4, 1, MANY_ITEMS),
+        (torch.bfloat16, torch.int8, 256, 4, 16, 8),
     ],
 )
-def test_decode(dtype: torch.dtype, dim: int, group: int, most_new: int, items: int) -> None:
-    sizes = decode_sizes(dtype, dim, group, most_new, items)
+def test_decode(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, group: int, most_new: int, items: int) -> None:
+    sizes = decode_sizes(dtype, kv_dtype, dim, group, most_new, items)
     assert sizes.rows >= group * most_new
     constants = {"BLOCK_SIZE": 16, "DIM": dim, "PADDED_DIM": dim, "CAUSAL": True, "CHAINED": True, "SEQS": 32}
     used = shared_bytes(
-        decode_kernel, dtype, constants | {"ROWS": sizes.rows, "TILE": sizes.tile}, sizes.warps, sizes.stages
+        decode_kernel, dtype, kv_dtype, constants | {"ROWS": sizes.rows, "TILE": sizes.tile}, sizes.warps, sizes.stages
     )
     assert used <= SHARED_BYTES_OF_A_CTA
     assert sizes.ctas_per_sm * (used + RESERVED_BYTES_OF_A_CTA) <= SHARED_BYTES_OF_ALL
 
 
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 256)])
-def test_prefill(dtype: torch.dtype, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "dim"),
+    [
+        (torch.bfloat16, torch.bfloat16, 128),
+        (torch.bfloat16, torch.bfloat16, 256),
+        (torch.float32, torch.float32, 256),
+        (torch.bfloat16, torch.float8_e4m3fn, 256),
+    ],
+)
+def test_prefill(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int) -> None:
     sizes = prefill_sizes(dtype, dim)
     constants = {"BLOCK_SIZE": 16, "DIM": dim, "PADDED_DIM": dim, "CAUSAL": True}
     constants |= {"ROWS": sizes.rows, "TOKENS": sizes.rows // 4, "TILE": sizes.tile}
-    assert shared_bytes(prefill_kernel, dtype, constants, sizes.warps, sizes.stages) <= SHARED_BYTES_OF_A_CTA
+    assert shared_bytes(prefill_kernel, dtype, kv_dtype, constants, sizes.warps, sizes.stages) <= SHARED_BYTES_OF_A_CTA
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16, 31, 32])
 @pytest.mark.parametrize("most_new", [1, 2, 7, 64])
 @pytest.mark.parametrize("items", [1, MANY_ITEMS])
 def test_rows_hold_the_queries(group: int, most_new: int, items: int) -> None:
-    sizes = decode_sizes(torch.bfloat16, 128, group, most_new, items)
+    sizes = decode_sizes(torch.bfloat16, torch.bfloat16, 128, group, most_new, items)
     assert group * most_new <= sizes.rows == power_of_two(sizes.rows)
     assert 16 <= sizes.tile == power_of_two(sizes.tile)
 

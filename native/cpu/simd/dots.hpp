@@ -7,12 +7,18 @@ namespace pagemgr::PAGEMGR_VARIANT {
 
 constexpr int kFewRows = 8;
 
-// Blocks lie anywhere, so the hardware's own prefetching ends with each of them. This far ahead is enough to have a key
-// arrive in time, and little enough to be still in the first cache then.
-constexpr int kAhead = 8;  // keys
+// Blocks lie anywhere, so the hardware's own prefetching ends with each of them. Memory answers in the time of kFar keys,
+// which the second cache holds; from there they are fetched kNear ahead, few enough to be still in the first one then.
+constexpr int kFar = 24, kNear = 6;  // keys
 
-inline void prefetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(from) + i, 0, 3);
+template <class K>
+inline void prefetch(const K *rows, const int64_t *offsets, int64_t elements) {
+    const auto *far = reinterpret_cast<const char *>(rows + offsets[kFar]);
+    const auto *near = reinterpret_cast<const char *>(rows + offsets[kNear]);
+    for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(K)); i += 64) {
+        __builtin_prefetch(far + i, 0, 2);
+        __builtin_prefetch(near + i, 0, 3);
+    }
 }
 
 // Scores of R rows: W sums at a time, of W / R keys and R rows each.
@@ -26,7 +32,7 @@ void dot_rows(const T *keys, const int64_t *offsets, int count, int64_t dim, con
         for (int k = 0; k < K; k++) {
             const int key = smaller(first + k, count - 1);  // past the end the last key again, which nobody reads
             from[k] = keys + offsets[key];
-            prefetch(keys + offsets[key + kAhead], dim * sizeof(T));
+            prefetch(keys, offsets + key, dim);
         }
         Floats total[W] = {};
         for (int64_t d = 0; d < dim; d += kStep) {
@@ -61,7 +67,7 @@ void add_values(const T *values, const int64_t *offsets, int count, int64_t dim,
     }
     for (int key = 0; key < count; key++) {
         const T *from = values + offsets[key] + d;
-        prefetch(values + offsets[key + kAhead] + d, S * kStep * sizeof(T));
+        prefetch(values + d, offsets + key, S * kStep);
         Step value[S];
         PAGEMGR_UNROLL
         for (int s = 0; s < S; s++) value[s] = load_step(from + s * kStep, dim - d - s * kStep);

@@ -23,11 +23,13 @@ using E5m2 = Float8<5>;
 template <class K>
 constexpr bool kQuantised = sizeof(K) == 1;
 
+// GCC doubles widths well, and takes vectors apart to do more at once.
 inline Floats widen(const Int8 *from) {
     typedef int8_t Signed __attribute__((vector_size(W)));
+    typedef int16_t Shorts __attribute__((vector_size(2 * W)));
     Signed bits;
     std::memcpy(&bits, from, sizeof bits);
-    return __builtin_convertvector(__builtin_convertvector(bits, Ints), Floats);
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bits, Shorts), Ints), Floats);
 }
 
 inline Floats widen(const E5m2 *from) {  // the upper halves of Halves
@@ -39,10 +41,9 @@ inline Floats widen(const E5m2 *from) {  // the upper halves of Halves
 inline Floats widen(const E4m3 *from) {
     Bytes bits;
     std::memcpy(&bits, from, sizeof bits);
-    const Words word = __builtin_convertvector(bits, Words);
-    // The exponent moves from a bias of 7 to one of 127 by a product, which makes subnormals right as well.
-    const Words finite = (Words)((Floats)((word & 0x7f) << 20) * 0x1p120f);
-    return (Floats)(finite | (word & 0x80) << 24);
+    const Halves half = __builtin_convertvector(bits, Halves);
+    // The exponent moves from a bias of 7 to one of 15 by a product, which makes subnormals right as well.
+    return widen((half & 0x7f) << 7 | (half & 0x80) << 8) * 0x1p8f;
 }
 
 template <class K, class = std::enable_if_t<kQuantised<K>>>
