@@ -26,7 +26,7 @@ struct Problem {
 
     // Of split_kv, set by plan_split_kv:
     uint64_t number;  // of the call
-    int ctas, num_sms;
+    int ctas, stages;
 };
 
 // One sequence, as the kernels see it: lengths are clamped, so that no table entry past max_seq_len is read.
