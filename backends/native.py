@@ -128,13 +128,16 @@ class NativeLibrary:
         )
 
 
+_CHANGING = ("query", "out", "workspace", "lse")
+_KEPT = 64
+"""Checked calls of one batch; a model has as many as it has kinds of layers."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """The last call of ``attention``: a step asks the same of every layer, so that it is checked once."""
+    """A call of ``attention`` that was checked, and its struct without the pointers that differ from layer to layer."""
 
-    batch: PagedBatch
     params: AttentionParams
-    facts: tuple[object, ...]
     args: Any
 
 
@@ -166,7 +169,11 @@ class NativeBackend:
 
     def __init__(self) -> None:
         self.library = self._load()
-        self._last: _Prepared | None = None
+        self._step: tuple[PagedBatch | None, dict[tuple[object, ...], _Prepared]] = (None, {})
+        offset, struct = self.library.ffi.offsetof, "pagemgr_attention_args"
+        self._word = {name: offset(struct, name) // 8 for name in _CHANGING}
+        self._word |= {name: offset(struct, "kv", name) // 8 for name in ("key", "value")}
+        self._word["stream"] = offset(struct, "run", "stream") // 8
 
     @classmethod
     def _load(cls) -> NativeLibrary:
@@ -199,24 +206,46 @@ class NativeBackend:
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See ``Backend.attention``."""
-        library = self.library
-        facts = (torch.get_num_threads(), *map(_layout, (query, kv.key, kv.value, out, lse)))
-        last = self._last
-        if last is None or last.batch is not batch or last.params is not params or last.facts != facts:
-            check_attention(self, query, kv, batch, params, out, lse)
-            last = self._last = _Prepared(batch, params, facts, self._attention_args(query, kv, batch, params)[0])
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        args = library.ffi.new("pagemgr_attention_args *", last.args)
-        self._set_run(args.run, query.device)
-        args.kv.key, args.kv.value = library.pointer(kv.key), library.pointer(kv.value)
-        args.query, args.out = library.pointer(query), library.pointer(out)
+        """See ``Backend.attention``.
+
+        The layers of a step ask the same of the same batch, and differ in pointers alone: that is checked once.
+        """
+        ffi, word, device = self.library.ffi, self._word, query.device
+        prepared = self._prepare(query, kv, batch, params, out, lse)
+        out = torch.empty(query.shape, dtype=query.dtype, device=device) if out is None else out
+        args = ffi.new("pagemgr_attention_args *", prepared.args)
+        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=device)
+        words = ffi.cast("int64_t *", args)
+        words[word["query"]], words[word["out"]] = query.data_ptr(), out.data_ptr()
+        words[word["key"]], words[word["value"]] = kv.key.data_ptr(), kv.value.data_ptr()
+        words[word["workspace"]] = workspace.data_ptr()
         if lse is not None:
-            args.lse = library.pointer(lse)
-        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=query.device)
-        args.workspace = library.pointer(workspace)
-        library.call("attention", args)
+            words[word["lse"]] = lse.data_ptr()
+        if device.type == "cuda":
+            words[word["stream"]] = torch.cuda.current_stream(device).cuda_stream
+        self.library.call("attention", args)
         return out
+
+    def _prepare(
+        self,
+        query: torch.Tensor,
+        kv: KVLayer,
+        batch: PagedBatch,
+        params: AttentionParams,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+    ) -> _Prepared:
+        """The struct for this call, filled anew unless this batch has been asked the same."""
+        known, kept = self._step
+        if known is not batch or len(kept) > _KEPT:
+            kept = {}
+            self._step = (batch, kept)
+        call = (id(params), torch.get_num_threads(), *map(_layout, (query, kv.key, kv.value, out, lse)))
+        prepared = kept.get(call)
+        if prepared is None:
+            check_attention(self, query, kv, batch, params, out, lse)
+            prepared = kept[call] = _Prepared(params, self._attention_args(query, kv, batch, params)[0])
+        return prepared
 
     def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""
