@@ -25,15 +25,19 @@ _INT32_MAX = 2**31 - 1
 
 _POINTERS = ("query", "out", "lse", "workspace")
 _KV_POINTERS = ("key", "value", "key_scale", "value_scale")
+_KEPT = 64
+"""Filled calls that are remembered; a step has as many as its model has kinds of layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A filled call of ``attention``: a step asks the same of every layer, so that it is checked and filled once."""
+    """A filled call of ``attention``: a step asks the same of every layer, so that it is checked and filled once.
+
+    It holds what its key names by identity, so that nothing else can take that name.
+    """
 
     batch: PagedBatch
     params: AttentionParams
-    facts: tuple[object, ...]
     args: Any
     words: Any
     """The same memory in words of 64 bits."""
@@ -71,7 +75,7 @@ class NativeBackend:
         offset, struct = self.library.ffi.offsetof, "pagemgr_attention_args"
         self._word = {name: offset(struct, name) // 8 for name in _POINTERS}
         self._word |= {name: offset(struct, "kv", name) // 8 for name in _KV_POINTERS}
-        self._ready: list[_Prepared] = []  # a call takes it out, so that no two threads use one
+        self._ready: dict[tuple[object, ...], _Prepared] = {}  # a call takes its own out, so that no two threads use it
 
     @classmethod
     def _load(cls) -> NativeLibrary:
@@ -106,16 +110,13 @@ class NativeBackend:
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
         tensors = (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)
-        facts = (torch.get_num_threads(), _stream(query.device), *map(facts_of, tensors))
-        try:
-            ready = self._ready.pop()
-        except IndexError:
-            ready = None
-        if ready is None or ready.batch is not batch or ready.params is not params or ready.facts != facts:
+        call = (id(batch), id(params), torch.get_num_threads(), _stream(query.device), *map(facts_of, tensors))
+        ready = self._ready.pop(call, None)
+        if ready is None:
             check_attention(self, query, kv, batch, params, out, lse)
             args = self._attention_args(query, kv, batch, params)
             words = self.library.ffi.cast("int64_t *", args)
-            ready = _Prepared(batch, params, facts, args, words, args.workspace_bytes)
+            ready = _Prepared(batch, params, args, words, args.workspace_bytes)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
         workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=query.device)
         words, word = ready.words, self._word
@@ -126,7 +127,9 @@ class NativeBackend:
         if kv.key_scale is not None and kv.value_scale is not None:
             words[word["key_scale"]], words[word["value_scale"]] = kv.key_scale.data_ptr(), kv.value_scale.data_ptr()
         self._call("attention", ready.args)
-        self._ready[:] = (ready,)
+        if len(self._ready) >= _KEPT:
+            self._ready.clear()
+        self._ready[call] = ready
         return out
 
     def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:

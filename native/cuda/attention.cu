@@ -79,5 +79,8 @@ int32_t pagemgr_attention(const pagemgr_attention_args *args) {
                     (long long)needed);
     }
     if (int status = split_kv(problem)) return status;
-    return args->max_query_len > problem.few ? prefill(problem) : static_cast<int>(PAGEMGR_OK);
+    if (args->max_query_len <= problem.few) return PAGEMGR_OK;
+    bool done;
+    if (int status = prefill_wgmma(problem, &done)) return status;
+    return done ? static_cast<int>(PAGEMGR_OK) : prefill(problem);
 }

@@ -26,7 +26,7 @@ struct Problem {
 
     // Of split_kv, set by plan_split_kv:
     uint64_t number;  // of the call
-    int ctas, num_sms;
+    int ctas, stages;
 };
 
 // One sequence, as the kernels see it: lengths are clamped, so that no table entry past max_seq_len is read.
@@ -60,10 +60,15 @@ struct Visible {
     __device__ __forceinline__ bool holds(int key) const { return key >= first && key <= last; }
 };
 
+// softcap * tanh(x)
+__device__ __forceinline__ float capped(const Problem &problem, float x) {
+    return problem.softcap * (1 - __fdividef(2, 1 + exp2_fast(2 * LOG2_E * x)));
+}
+
 // The base-2 logit of a dot product; `slope` is base 2 as well, `distance` is key position - query position.
 __device__ __forceinline__ float logit(const Problem &problem, float dot, float slope, int distance) {
     float x = dot * problem.scale;
-    if (problem.softcap > 0) x = problem.softcap * (1 - 2 / (1 + exp2_fast(2 * LOG2_E * x)));  // tanh
+    if (problem.softcap > 0) x = capped(problem, x);
     return fmaf(slope, static_cast<float>(distance), x);
 }
 
@@ -136,6 +141,9 @@ int split_kv(const Problem &problem);
 
 // prefill.cu: the sequences with more than problem.few new tokens.
 int prefill(const Problem &problem);
+
+// prefill_wgmma.cu: the same, faster, on compute capability 9.0. `done` is false if something there does not fit.
+int prefill_wgmma(const Problem &problem, bool *done);
 
 // Calls `act(T{}, std::integral_constant<int, head_dim>{})` for a dtype and head dim among those declared.
 template <typename Act> auto with_shape(const pagemgr_kv &kv, const Act &act) {

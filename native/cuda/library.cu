@@ -51,7 +51,8 @@ int find_device(int index, const Device **device) {
 
 OnDevice::OnDevice(int index) {
     int current;
-    if (cudaGetDevice(&current) == cudaSuccess && current != index) previous_ = current;
+    if (cudaGetDevice(&current) != cudaSuccess || current == index) return;
+    previous_ = current;
     cudaSetDevice(index);
 }
 

@@ -8,9 +8,10 @@ namespace pagemgr {
 constexpr int READERS = 256;           // threads that compute
 constexpr int THREADS = READERS + 32;  // and the warp that loads for them
 constexpr int WARPS = THREADS / 32;
-constexpr int TOKENS = 64;       // of a tile
-constexpr int ROWS = 16;         // of a unit
-constexpr int FEWEST_TILES = 8;  // of a share, unless multiprocessors would be idle
+constexpr int ROWS = 16;           // of a unit
+
+// Of a tile: 64 KiB of keys and values, except for small head dims.
+__host__ __device__ constexpr int tile_tokens(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 // What CTAs tell each other of cut units. CTA c has slot 2c for the part that it continues, 2c + 1 for one that it
 // begins.
@@ -29,22 +30,23 @@ struct Workspace {
     }
 };
 
-// A place in the flat order of tiles.
-struct Cursor {
+// A place in the line of tiles: sequence by sequence, in each K/V head by K/V head, in each unit by unit.
+template <int TOKENS> struct Cursor {
     Sequence sequence;
-    int index;         // of the sequence
-    int units, tiles;  // of the sequence, of each of its units
-    int unit, tile;
+    int index;                // of the sequence
+    int heads, units, tiles;  // K/V heads, units of each, tiles of each unit
+    int kv_head, unit, tile;
 
     __device__ __forceinline__ void enter(const Problem &problem, int at) {
         index = at;
         sequence = Sequence(problem, at);
+        heads = problem.args.kv.num_kv_heads;
         units = sequence.num_queries > problem.few ? 0 : (sequence.num_queries * problem.group + ROWS - 1) / ROWS;
         tiles = max(1, (sequence.stop - origin() + TOKENS - 1) / TOKENS);  // a row that sees nothing has an output, too
     }
     __device__ __forceinline__ int origin() const { return sequence.first & ~(TOKENS - 1); }
     __device__ __forceinline__ int first_token() const { return origin() + tile * TOKENS; }
-    __device__ __forceinline__ int cost() const { return units * tiles; }
+    __device__ __forceinline__ int cost() const { return heads * units * tiles; }
 
     // To the next tile, of which the caller knows that there is one.
     __device__ __forceinline__ void advance(const Problem &problem) {
@@ -52,19 +54,24 @@ struct Cursor {
         tile = 0;
         if (++unit < units) return;
         unit = 0;
+        if (++kv_head < heads) return;
+        kv_head = 0;
         do enter(problem, index + 1);
         while (units == 0);
     }
 };
 
+constexpr int STATIC_BYTES = 256;  // more than find_share has of shared memory
+
 struct Share {
     int start, count, size;  // its first tile, its tiles, the tiles of a full share
 };
 
-// This CTA's share of the tiles of its K/V head, and the place where it starts.
-__device__ __forceinline__ Share find_share(const Problem &problem, int group, int groups, Cursor &cursor) {
+// This CTA's share of the line, and the place where it starts.
+template <int TOKENS>
+__device__ __forceinline__ Share find_share(const Problem &problem, Cursor<TOKENS> &cursor) {
     __shared__ int warp_sums[WARPS];
-    __shared__ int found[3];
+    __shared__ int found[2];
     const int num_seqs = problem.args.num_seqs, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int each = (num_seqs + THREADS - 1) / THREADS;
     const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
@@ -89,34 +96,31 @@ __device__ __forceinline__ Share find_share(const Problem &problem, int group, i
         total += warp_sums[i];
     }
     Share share;
-    groups = min(groups, max(total / FEWEST_TILES, problem.num_sms / problem.args.kv.num_kv_heads));
-    share.size = max(1, (total + groups - 1) / max(groups, 1));
-    share.start = min(total, group * share.size);
+    share.size = max(1, (total + problem.ctas - 1) / problem.ctas);
+    share.start = min(total, static_cast<int>(blockIdx.x) * share.size);
     share.count = min(total - share.start, share.size);
     if (share.count > 0 && prefix <= share.start && share.start < prefix + mine) {
         int offset = share.start - prefix, i = begin;
         for (cursor.enter(problem, i); offset >= cursor.cost(); cursor.enter(problem, ++i)) offset -= cursor.cost();
         found[0] = i;
-        found[1] = offset / cursor.tiles;
-        found[2] = offset % cursor.tiles;
+        found[1] = offset;
     }
     __syncthreads();
     if (share.count > 0) {
         cursor.enter(problem, found[0]);
-        cursor.unit = found[1];
-        cursor.tile = found[2];
+        cursor.tile = found[1] % cursor.tiles;
+        cursor.unit = found[1] / cursor.tiles % cursor.units;
+        cursor.kv_head = found[1] / cursor.tiles / cursor.units;
     }
     return share;
 }
 
-// The parts of one cut unit: CTA `first` begins it, every `step`-th CTA up to `last` continues it.
+// The parts of one cut unit: CTA `first` begins it, those up to `last` continue it.
 struct Parts {
-    int first, last, step;
+    int first, last;
 
-    __device__ __forceinline__ int count() const { return (last - first) / step + 1; }
-    __device__ __forceinline__ int slot(int part) const {
-        return part == 0 ? 2 * first + 1 : 2 * (first + part * step);
-    }
+    __device__ __forceinline__ int count() const { return last - first + 1; }
+    __device__ __forceinline__ int slot(int part) const { return part == 0 ? 2 * first + 1 : 2 * (first + part); }
 };
 
 // Raises this CTA's flag, once its part is written. Whether all parts of the unit are there; of the CTAs that arrive at
@@ -174,11 +178,11 @@ struct Combined {
 // Writes the rows of a cut unit from all of its parts. A thread takes four neighbouring outputs, and only some of the
 // parts if there are more threads than that; `scratch` has 6 * READERS floats.
 template <typename T, int DIM>
-__device__ __forceinline__ void combine(const Problem &problem, const Workspace &workspace, const Cursor &at,
-                                        int kv_head, const Parts &parts, float *scratch) {
+__device__ __forceinline__ void combine(const Problem &problem, const Workspace &workspace, const Sequence &sequence,
+                                        int unit, int kv_head, const Parts &parts, float *scratch) {
     constexpr int COLUMNS = DIM / 4;
     const pagemgr_attention_args &args = problem.args;
-    const int items = min(ROWS, at.sequence.num_queries * problem.group - at.unit * ROWS) * COLUMNS;
+    const int items = min(ROWS, sequence.num_queries * problem.group - unit * ROWS) * COLUMNS;
     const int ways = max(1, READERS / items), way = ways == 1 ? 0 : threadIdx.x / items;
     for (int item = threadIdx.x - way * items; item < items; item += READERS) {
         const int row = item / COLUMNS, column = item % COLUMNS * 4;
@@ -195,7 +199,7 @@ __device__ __forceinline__ void combine(const Problem &problem, const Workspace 
                 combined.add(make_float2(other[0], other[1]), make_float4(other[2], other[3], other[4], other[5]));
             }
         }
-        const Row where(problem, at.sequence, kv_head, at.unit * ROWS + row);
+        const Row where(problem, sequence, kv_head, unit * ROWS + row);
         const Closing closing(problem, where.head, combined.largest, combined.sum);
         const int64_t offset = static_cast<int64_t>(where.token) * args.num_q_heads + where.head;
         *reinterpret_cast<uint2 *>(static_cast<T *>(args.out) + offset * DIM + column) =

@@ -1,6 +1,6 @@
 // The shared memory of a CTA of split_kv, and the warp that fills it.
 //
-//   a tile in shared memory:   run 0: tokens 0-7 │16 B│ run 1: tokens 8-15 │16 B│ …      a run is one bulk copy
+//   keys of a tile in shared memory:   run 0 │16 B│ run 1 │16 B│ … run 7 │16 B│        a run: 16 (8) tokens
 //
 // The rows of an 8 × 8 matrix for ldmatrix are token j of each of the 8 runs, which by the 16 bytes lie in different
 // banks. Tokens are therefore counted in the order (j, run) between the logits and the values: "columns".
@@ -10,83 +10,104 @@
 
 namespace pagemgr {
 
-constexpr int RUNS = 8, RUN_TOKENS = TOKENS / RUNS;
-constexpr int SCORE_STRIDE = TOKENS + 8;
+constexpr int RUNS = 8;
+constexpr int MOST_STAGES = 4;
 
-// One or two CTAs share the 227 KiB of an H100's multiprocessor.
-constexpr int ctas_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1; }
-constexpr int stages(int head_dim) {
-    return head_dim <= 64 ? 6 : head_dim <= 96 ? 4 : head_dim <= 128 ? 3 : head_dim <= 192 ? 4 : 3;
+// Two tiles, or 128 KiB of small ones: what is under way beyond that makes multiprocessors wait for each other.
+constexpr int most_stages(int head_dim) {
+    const int fit = (128 << 10) / (4 * tile_tokens(head_dim) * head_dim);
+    return fit > 2 ? fit : 2;
 }
 
 template <typename T, int DIM> struct Shared {
-    static constexpr int STAGES = stages(DIM);
+    static constexpr int TOKENS = tile_tokens(DIM), RUN_TOKENS = TOKENS / RUNS;
     static constexpr int RUN = RUN_TOKENS * DIM + 8;  // elements
-    static constexpr int QUERY_STRIDE = DIM + 8;
-    alignas(128) T key[STAGES][RUNS][RUN];
-    alignas(128) T value[STAGES][RUNS][RUN];
+    static constexpr int QUERY_STRIDE = DIM + 8, SCORE_STRIDE = TOKENS + 8;
+    struct Stage {
+        T key[RUNS][RUN];
+        T value[RUNS][RUN];
+    };
     alignas(16) T query[ROWS][QUERY_STRIDE];
     alignas(16) float scores[2][ROWS][SCORE_STRIDE];  // [][][column], of this tile and the next
-    uint64_t full[STAGES], empty[STAGES];
+    uint64_t full[MOST_STAGES], empty[MOST_STAGES];
+    alignas(128) Stage stage[1];  // as many as there is memory for: problem.stages
 
-    __device__ __forceinline__ void init() {
+    static constexpr int bytes(int stages) { return static_cast<int>(sizeof(Shared) + (stages - 1) * sizeof(Stage)); }
+
+    __device__ __forceinline__ void init(int stages) {
 #if __CUDA_ARCH__ >= 900
         constexpr int ARRIVALS = 1;  // and the bytes
 #else
         constexpr int ARRIVALS = 32;
 #endif
-        for (int i = 0; i < STAGES; ++i) {
+        for (int i = 0; i < stages; ++i) {
             init_barrier(shared_address(&full[i]), ARRIVALS);
             init_barrier(shared_address(&empty[i]), READERS / 32);
         }
     }
 };
 
-// The warp that loads. Lanes 0 to 7 have the runs of K, the next 8 those of V, and each knows the block of its run in
-// the tile that comes next, so that reading the table is never waited for.
+// A place in the ring of stages.
+struct Turn {
+    int stage = 0, parity = 0;
+
+    __device__ __forceinline__ void advance(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// The warp that loads. Each of the lower 16 lanes has a piece of the keys, each of the upper ones of the values: a run
+// or, if a block is smaller, half of one. It knows the block of its piece in the tile that comes next, so that reading
+// the table is never waited for.
 template <typename T, int DIM> struct Loader {
     using Memory = Shared<T, DIM>;
     const Problem &problem;
     Memory &shared;
-    Cursor cursor;
-    const int kv_head, lane = threadIdx.x % 32, run = lane % RUNS;
+    Cursor<Memory::TOKENS> cursor;
+    const int lane = threadIdx.x % 32;
+    const int size = min(problem.args.kv.block_size, Memory::RUN_TOKENS);  // tokens of a piece
+    const int piece = lane % 16 * size;                                    // its first token in the tile
     int block = 0;
 
+    __device__ __forceinline__ bool idle() const { return piece >= Memory::TOKENS; }
+
     __device__ __forceinline__ void find_block() {
-        const int token = min(cursor.first_token() + run * RUN_TOKENS, cursor.sequence.stop - 1);
-        if (token >= 0)
+        const int token = min(cursor.first_token() + piece, cursor.sequence.stop - 1);
+        if (token >= 0 && !idle())
             block = problem.args.block_table[cursor.index * problem.args.table_stride + (token >> problem.block_shift)];
     }
 
     __device__ __forceinline__ void load(int stage) {
         const pagemgr_kv &kv = problem.args.kv;
-        const int start = cursor.first_token() + run * RUN_TOKENS;
-        const int first = min(max(cursor.sequence.first - start, 0), RUN_TOKENS);    // of the run's tokens,
-        const int stop = min(max(cursor.sequence.stop - start, first), RUN_TOKENS);  // those to read
-        const bool of_value = lane >= RUNS;
-        T *target = (of_value ? shared.value : shared.key)[stage][run];
+        const int start = cursor.first_token() + piece;
+        const int first = min(max(cursor.sequence.first - start, 0), size);               // of the piece's tokens,
+        const int stop = idle() ? first : min(max(cursor.sequence.stop - start, first), size);  // those to read
+        const bool of_value = lane >= 16;
+        auto &runs = of_value ? shared.stage[stage].value : shared.stage[stage].key;
+        T *target = runs[piece / Memory::RUN_TOKENS % RUNS] + piece % Memory::RUN_TOKENS * DIM;
         const T *source =
-            static_cast<const T *>(of_value ? kv.value : kv.key) + kv_offset(problem, block, start, kv_head);
+            static_cast<const T *>(of_value ? kv.value : kv.key) + kv_offset(problem, block, start, cursor.kv_head);
         const uint32_t barrier = shared_address(&shared.full[stage]);
-        if (of_value && lane < 2 * RUNS && stop - first < RUN_TOKENS) clear(target, first, stop);
+        if (of_value && !idle() && stop - first < size) clear(target, first, stop);
         __syncwarp();
 #if __CUDA_ARCH__ >= 900
-        const int bytes = lane < 2 * RUNS ? (stop - first) * DIM * static_cast<int>(sizeof(T)) : 0;
+        const int bytes = (stop - first) * DIM * static_cast<int>(sizeof(T));
         const int total = __reduce_add_sync(~0u, bytes);
         if (lane == 0) arrive_expecting(barrier, total);
         __syncwarp();
         if (bytes == 0) return;
+        const uint64_t policy = cursor.units == 1 ? read_once() : read_again();
         if (kv.token_stride == DIM) {
-            copy_bulk(shared_address(target + first * DIM), source + first * DIM, bytes, barrier);
+            copy_bulk(shared_address(target + first * DIM), source + first * DIM, bytes, barrier, policy);
         } else {
-            for (int i = first; i < stop; ++i) {
-                copy_bulk(shared_address(target + i * DIM), source + i * kv.token_stride, DIM * sizeof(T), barrier);
-            }
+            for (int i = first; i < stop; ++i)
+                copy_bulk(shared_address(target + i * DIM), source + i * kv.token_stride, DIM * sizeof(T), barrier,
+                          policy);
         }
 #else
         constexpr int CHUNKS = DIM / 8;
-        for (int i = 0; i < 2 * RUNS; ++i) {  // the whole warp copies one run after the other
-            T *to = (i < RUNS ? shared.key : shared.value)[stage][i % RUNS];
+        for (int i = 0; i < 32; ++i) {  // the whole warp copies one piece after the other
+            T *to = reinterpret_cast<T *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(target), i));
             const T *from = reinterpret_cast<const T *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(source), i));
             const int begin = __shfl_sync(~0u, first, i), end = __shfl_sync(~0u, stop, i);
             for (int chunk = begin * CHUNKS + lane; chunk < end * CHUNKS; chunk += 32) {
@@ -100,7 +121,7 @@ template <typename T, int DIM> struct Loader {
 
     // Values of tokens that must not be read, for whatever stood there would be multiplied by 0, and 0 * NaN is NaN.
     __device__ __forceinline__ void clear(T *target, int first, int stop) const {
-        for (int i = 0; i < RUN_TOKENS; ++i) {
+        for (int i = 0; i < size; ++i) {
             if (i >= first && i < stop) continue;
             for (int j = 0; j < DIM; j += 8) *reinterpret_cast<uint4 *>(target + i * DIM + j) = make_uint4(0, 0, 0, 0);
         }
@@ -109,15 +130,28 @@ template <typename T, int DIM> struct Loader {
 #endif
     }
 
+    // The queries of a unit are read while nothing else is computed: they had better be in the L2 by then.
+    __device__ __forceinline__ void fetch_queries() const {
+        const int row = cursor.unit * ROWS + lane;
+        if (lane >= ROWS || row >= cursor.sequence.num_queries * problem.group) return;
+        const Row at(problem, cursor.sequence, cursor.kv_head, row);
+        const char *source = reinterpret_cast<const char *>(static_cast<const T *>(problem.args.query) +
+                                                            at.token * problem.args.query_token_stride +
+                                                            at.head * problem.args.query_head_stride);
+        for (int i = 0; i < DIM * static_cast<int>(sizeof(T)); i += 128) fetch_to_l2(source + i);
+    }
+
     __device__ __forceinline__ void run_all(int count) {
+        Turn turn;
         if (count > 0) find_block();
         for (int tile = 0; tile < count; ++tile) {
-            const int stage = tile % Memory::STAGES, round = tile / Memory::STAGES;
-            if (round > 0) wait_at(shared_address(&shared.empty[stage]), (round - 1) % 2);
-            load(stage);
+            wait_at(shared_address(&shared.empty[turn.stage]), turn.parity ^ 1);
+            load(turn.stage);
+            turn.advance(problem.stages);
             if (tile + 1 < count) {
                 cursor.advance(problem);
                 find_block();
+                if (cursor.tile == 0) fetch_queries();
             }
         }
     }

@@ -75,6 +75,10 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ void fetch_to_l2(const void *source) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
+}
+
 // mbarriers in shared memory: a phase ends when `count` arrivals and all announced bytes are there.
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -116,11 +120,25 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// How the L2 treats what is read: data that nobody reads again makes room first.
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t read_again() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // A contiguous run of global memory, a multiple of 16 bytes, into shared memory; tells the barrier.
-__device__ __forceinline__ void copy_bulk(uint32_t target, const void *source, int bytes, uint32_t barrier) {
+__device__ __forceinline__ void copy_bulk(uint32_t target, const void *source, int bytes, uint32_t barrier,
+                                          uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-        "l"(source), "r"(bytes), "r"(barrier)
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(target),
+        "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
 }
 

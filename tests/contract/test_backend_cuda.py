@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 
+from pagemgr.backends import AttentionParams, KVLayer
 from pagemgr.backends.cases import Case, build
 from pagemgr.backends.conformance import ConformanceSuite
 from pagemgr.backends.cuda import CudaBackend
 from pagemgr.backends.reference import TorchBackend
+from pagemgr.batch import PagedBatch
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
@@ -69,3 +72,69 @@ def test_random_batches_agree_with_the_reference(seed: int) -> None:
     (out, lse), (expected_out, expected_lse) = results
     torch.testing.assert_close(lse, expected_lse, atol=2e-3, rtol=2e-3)
     assert float((out - expected_out).norm()) <= 1e-2 * float(expected_out.norm()) + 1e-6, case
+
+
+def batch_of(table: torch.Tensor, lens: list[int], news: list[int]) -> PagedBatch:
+    starts = [0, *itertools.accumulate(news)]
+    return PagedBatch(
+        block_table=table,
+        seq_lens=torch.tensor(lens, dtype=torch.int32, device="cuda"),
+        query_start=torch.tensor(starts, dtype=torch.int32, device="cuda"),
+        slot_mapping=torch.full((starts[-1],), -1, device="cuda"),
+        max_query_len=max(news),
+        max_seq_len=max(lens),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("news", [(1,), (1, 3, 1, 200)])
+def test_large_ragged_batches_and_replays_of_their_graph(news: tuple[int, ...]) -> None:
+    torch.manual_seed(5)
+    lens = [int(n) for n in torch.randint(4000, 8192, (36,))]
+    counts = [-(-n // 16) for n in lens]
+    pool = torch.randn(1 + sum(counts), 2, 8, 16, 64, device="cuda", dtype=torch.bfloat16)
+    ids = 1 + torch.randperm(sum(counts), device="cuda", dtype=torch.int32)
+    table = torch.zeros(len(lens), max(counts), dtype=torch.int32, device="cuda")
+    for row, part in enumerate(torch.split(ids, counts)):
+        table[row, : len(part)] = part
+    batch = batch_of(table, lens, [news[row % len(news)] for row in range(len(lens))])
+    kv, params = KVLayer(pool[:, 0], pool[:, 1]), AttentionParams()
+    query = torch.randn(batch.num_tokens, 32, 64, device="cuda", dtype=torch.bfloat16)
+    out = torch.full_like(query, torch.nan)
+    backend = CudaBackend()
+    backend.attention(query, kv, batch, params, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.attention(query, kv, batch, params, out)
+    expected = TorchBackend().attention(query, kv, batch, params).float()
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert float((out.float() - expected).norm()) <= 1e-2 * float(expected.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("new", [1, 300])
+def test_pools_beyond_two_to_the_31_elements(new: int) -> None:
+    layers, blocks = 64, 1100
+    assert blocks * layers * 2 * 8 * 16 * 128 > 2**31
+    pool = torch.empty(blocks, layers, 2, 8, 16, 128, device="cuda", dtype=torch.bfloat16)
+    kv = KVLayer(pool[:, -1, 0], pool[:, -1, 1])
+    table = torch.arange(blocks - 1, blocks - 41, -1, device="cuda", dtype=torch.int32)[None]
+    length = 40 * 16 - 3
+    position = torch.arange(length, device="cuda")
+    key, value = torch.randn(2, length, 8, 128, device="cuda", dtype=torch.bfloat16)
+    backend, params = CudaBackend(), AttentionParams()
+    backend.write_kv(key, value, kv, table[0].long()[position // 16] * 16 + position % 16)
+    batch = batch_of(table, [length], [new])
+    query = torch.randn(new, 32, 128, device="cuda", dtype=torch.bfloat16)
+    small = KVLayer(kv.key[table[0].long()], kv.value[table[0].long()])
+    at_home = batch_of(torch.arange(40, device="cuda", dtype=torch.int32)[None], [length], [new])
+    for one in (key, value):
+        kept = (small.key if one is key else small.value).transpose(1, 2).reshape(-1, 8, 128)[:length]
+        assert torch.equal(kept, one)
+    expected = TorchBackend().attention(query, small, at_home, params).float()
+    out = backend.attention(query, kv, batch, params).float()
+    assert float((out - expected).norm()) <= 1e-2 * float(expected.norm())
+    backend.copy_blocks(pool, torch.tensor([[blocks - 1, 0]], device="cuda"))
+    assert torch.equal(pool[0, -1].view(torch.int16), pool[blocks - 1, -1].view(torch.int16))

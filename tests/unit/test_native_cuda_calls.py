@@ -1,4 +1,4 @@
-"""What CudaBackend remembers between calls, on the CPU over a plain C library that implements the same header."""
+"""What a native backend remembers between calls, on the CPU over a plain C library that implements the same header."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 import torch
 
-from pagemgr.backends import AttentionParams
+from pagemgr.backends import AttentionParams, native
 from pagemgr.backends.cases import Case, Problem, build
 from pagemgr.backends.conformance import checks
 from pagemgr.backends.cuda import CudaBackend
@@ -110,7 +110,19 @@ def test_threads_share_no_struct(backend: CudaBackend) -> None:
 
 def test_what_is_remembered_is_bounded(backend: CudaBackend) -> None:
     given = problem(14)
-    for longer in range(300):
-        batch = replace(given.batch, max_seq_len=given.batch.max_seq_len + longer)
-        backend.attention(given.query, given.kv, batch, given.params)
-    assert len(backend._idle) <= 256
+    for number in range(200):
+        backend.attention(given.query, given.kv, given.batch, AttentionParams(scale=0.1 + number / 1000))
+    assert len(backend._ready) <= 64
+
+
+def test_a_step_with_two_kinds_of_layers_is_checked_once_for_each(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, kinds = problem(15), (AttentionParams(), AttentionParams(scale=0.5))
+    checked = []
+    monkeypatch.setattr(native, "check_attention", lambda *args: checked.append(args))
+    for layer in range(6):
+        backend.attention(given.query, given.kv, given.batch, kinds[layer % 2])
+    assert len(checked) == 2
+    backend.attention(given.query, given.kv, replace(given.batch), kinds[0])
+    assert len(checked) == 3

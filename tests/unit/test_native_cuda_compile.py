@@ -15,8 +15,9 @@ from pagemgr.backends.library import NativeLibrary
 from pagemgr.errors import BackendUnavailable
 from pagemgr.native.build import Recipe, recipe
 
-SPILLED_BYTES = {"prefill_kernel": 96}
-"""What a kernel may spill; 0 for all others. At head dim 128 prefill holds 2 x 16 rows of outputs in 255 registers."""
+SPILLED_BYTES = {"prefill_kernel": 128}
+"""What a kernel may spill; 0 for all others. At head dim 128 prefill holds 2 x 16 rows of outputs in 255 registers; on
+compute capability 9.0 it runs where prefill_wgmma cannot."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,17 @@ def compile_unit(made_by: Recipe, source: Path, flags: tuple[str, ...], folder: 
 def test_kernels_spill_no_more_than_is_known(arch: str, built: Built) -> None:
     entry = rf"Compiling entry function '(\w+)' for '{arch}'\n.*?(\d+) bytes spill stores"
     kernels = re.findall(entry, built.report, re.DOTALL)
-    assert len(kernels) >= 28
+    assert len(kernels) >= 40
     for name, spilled in kernels:
         allowed = max((number for part, number in SPILLED_BYTES.items() if part in name), default=0)
         assert int(spilled) <= allowed, f"{name} spills {spilled} bytes on {arch}"
+
+
+def test_warpgroups_get_their_registers_and_products_overlap(built: Built) -> None:
+    """ptxas makes each wgmma wait for the one before, and says so, where it cannot follow what happens between them."""
+    assert "prefill_wgmma_kernel" in built.report
+    assert "serialized" not in built.report
+    assert "setmaxnreg" not in built.report, "it is ignored"
 
 
 def test_the_library_says_that_there_is_no_gpu(built: Built) -> None:
