@@ -90,7 +90,7 @@ class Traffic:
         q = self.rows(self.q, layer, new, len(before))
         k, v = (self.rows(t, layer, before + new) for t in (self.k, self.v))
         wanted, _ = dense_attention(q, k, v, AttentionParams(window=window or None))
-        assert (got.double() - wanted.double()).abs().max() < self.tolerance, (layer, len(before), len(new))
+        assert (got.cpu().double() - wanted).abs().max() < self.tolerance, (layer, len(before), len(new))
         self.compared += len(new)
 
     def act(self) -> None:
