@@ -50,6 +50,7 @@ def test_a_prompt_brings_it_up(make: Make, host_cache: str, left: int) -> None:
     assert (down.source, down.target, len(down.pairs)) == ("device", "host", 3)  # what it evicts goes down first
     assert (up.source, up.target, len(up.pairs)) == ("host", "device", 3)
     assert not set(down.pairs[:, 1].tolist()) & set(up.pairs[:, 0].tolist())
+    assert manager.tiers[1].index.tokens[up.pairs[:, 0]].tolist() == [[1, 2], [3, 4], [5, 6]]  # side by side above
     for call in (lambda: manager.free([sequence]), lambda: manager.reserve([sequence], [1])):
         with pytest.raises(SequenceBusy):
             call()
@@ -63,6 +64,32 @@ def test_a_prompt_brings_it_up(make: Make, host_cache: str, left: int) -> None:
     assert manager.match(PROMPT)[0] == 6
     with pytest.raises(StepOrderError):
         manager.finish(promotion)
+
+
+def test_hits_below_are_counted_by_the_group_that_needs_most(make: Make) -> None:
+    manager = make(9, 2, num_host_blocks=17, host_cache="inclusive", windows=(None, 3))
+    manager.free([filled(manager, PROMPT)])
+    other = manager.add()
+    run(manager, [other], [8])
+    manager.free([other])
+    _, promotion = admitted(manager)
+    assert promotion.num_copied == 3 + 1
+    assert manager.stats().counters.prefix_host_hit_tokens == 6
+
+
+def test_a_hit_below_and_a_block_that_begins_alike_leave_room_for_the_prompt(make: Make) -> None:
+    manager = make(5, 2, num_host_blocks=9, host_cache="inclusive", windows=(3,), rollback=0)
+    manager.free([filled(manager, [1, 2, 3, 4, 5])])  # its first block left the window, and goes first
+    other = manager.add()
+    run(manager, [other], [6])
+    manager.free([other])
+    assert manager.match([1, 2, 3, 9]) == (0, 3)
+    prompt = [1, 2, 3, 9, 9, 9, 9, 9]
+    assert manager.match(prompt) == (0, 2)  # five blocks would be needed at once
+    sequence, promotion = admitted(manager, prompt)
+    manager.finish(promotion)
+    run(manager, [sequence], [prompt[2:]])
+    manager.check()
 
 
 def test_a_cancelled_promotion_ends_its_sequences_and_loses_nothing(make: Make) -> None:
