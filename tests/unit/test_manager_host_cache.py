@@ -92,8 +92,34 @@ def test_a_hit_below_and_a_block_that_begins_alike_leave_room_for_the_prompt(mak
     manager.check()
 
 
-def test_a_cancelled_promotion_ends_its_sequences_and_loses_nothing(make: Make) -> None:
+def test_what_came_up_is_not_copied_down_again(make: Make) -> None:
     manager = evicted(make)
+    sequence, promotion = admitted(manager)
+    manager.finish(promotion)
+    manager.free([sequence])
+    plan = manager.reserve([manager.add()], [8])
+    assert manager.match(PROMPT) == (0, 6)  # evicted, and still below
+    (down,) = plan.copies
+    assert manager.tiers[1].index.tokens[down.pairs[:, 1]].tolist() == [[8, 8]]
+
+
+def test_what_comes_up_does_not_evict_what_is_there_of_the_prompt(make: Make) -> None:
+    manager = make(5, 2, num_host_blocks=9, host_cache="inclusive")
+    manager.free([filled(manager, PROMPT)])
+    other = manager.add()
+    run(manager, [other], [[8] * 6])  # evicts two of the prompt's, and is released after the one that is left
+    manager.free([other])
+    assert manager.match(PROMPT) == (2, 6)
+    sequence, promotion = admitted(manager)
+    manager.finish(promotion)
+    manager.check()
+    assert len(set(manager.table.held(sequence.row).tolist())) == 3
+    assert manager.match(PROMPT)[0] == 6
+
+
+@pytest.mark.parametrize("host_cache", ["inclusive", "exclusive"])
+def test_a_cancelled_promotion_ends_its_sequences_and_loses_nothing(make: Make, host_cache: str) -> None:
+    manager = evicted(make, host_cache)
     sequence, promotion = admitted(manager)
     manager.cancel(promotion)
     manager.check()
@@ -176,6 +202,20 @@ def test_exclusive_holds_each_prefix_in_one_tier(make: Make) -> None:
     )
     assert not device & host
     assert device | host
+    manager.check()
+
+
+def test_exclusive_takes_nothing_from_who_was_swapped_out(make: Make) -> None:
+    manager = make(9, 2, num_host_blocks=9, host_cache="exclusive")
+    swapped = filled(manager, PROMPT)
+    manager.finish(manager.swap_out([swapped]))
+    manager.clear()
+    _, promotion = admitted(manager)
+    manager.finish(promotion)
+    manager.check()
+    assert manager.stats().tiers[1].full == 3
+    manager.finish(manager.swap_in([swapped]))
+    assert manager.lengths([swapped]).tolist() == [7]
     manager.check()
 
 
