@@ -94,6 +94,14 @@ def test_level_3_reuses_a_block_as_late_as_can_be() -> None:
     assert order[3] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_level_3_puts_all_of_what_is_freed_at_once_behind_the_rest() -> None:
+    manager = BlockManager(6, 2, debug=3)
+    sequence = manager.add()
+    manager.commit(manager.reserve([sequence], [3]))
+    manager.free([sequence])
+    assert manager.reserve([manager.add()], [6]).block_table.tolist() == [[3, 4, 5]]
+
+
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_a_double_free_is_refused_from_level_1_and_told_from_level_3(level: int) -> None:
     manager = BlockManager(9, 2, debug=level, compiled=False)

@@ -219,6 +219,16 @@ def test_exclusive_takes_nothing_from_who_was_swapped_out(make: Make) -> None:
     manager.check()
 
 
+@pytest.mark.parametrize(("host_cache", "left"), [("off", 3), ("inclusive", 3), ("exclusive", 0)])
+def test_what_is_swapped_in_stays_below_unless_exclusive(make: Make, host_cache: str, left: int) -> None:
+    manager = make(9, 2, num_host_blocks=9, host_cache=host_cache)
+    sequence = filled(manager, PROMPT)
+    manager.finish(manager.swap_out([sequence]))
+    manager.finish(manager.swap_in([sequence]))
+    assert manager.stats().tiers[1].cached == left
+    manager.check()
+
+
 def test_a_host_cache_needs_a_host(make: Make) -> None:
     with pytest.raises(InvalidInput, match="needs host blocks"):
         make(5, 2, host_cache="inclusive")
