@@ -89,8 +89,7 @@ class BlockManager(Assembly):
         with self._verb:
             if self.second is not None:
                 matches = [self._find(arrival, self.tiers) for arrival in arrivals]
-                coming = len(blocks_below(matches))
-                if 0 < coming <= self.tiers[DEVICE].pool.available - self.watermark:
+                if len(blocks_below(matches)):
                     self._require_admissible(arrivals, matches)
                     try:
                         return self._promote(self.second, arrivals, matches)

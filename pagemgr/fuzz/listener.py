@@ -6,6 +6,7 @@ import numpy as np
 
 from pagemgr.events import Event
 from pagemgr.manager import BlockManager
+from pagemgr.prefix import hash_blocks
 
 
 class Listener:
@@ -29,6 +30,9 @@ class Listener:
             match event.kind:
                 case "stored":
                     assert len(event.tokens) == len(event.names) * self.manager.block_size
+                    if event.parent is not None:
+                        tokens = np.array(event.tokens, dtype=np.int32)
+                        assert hash_blocks(event.parent, tokens, event.block_size) == b"".join(event.names)
                     self._store(event.tier, event)
                 case "moved":
                     assert event.target is not None

@@ -140,6 +140,9 @@ def test_hits_count_against_the_watermark_as_they_can_no_longer_be_evicted(make:
     manager = make(8, 2, watermark=2)
     manager.free([filled(manager, [1] * 9)])
     assert manager.stats().device.cached == 4
+    with pytest.raises(OutOfBlocks) as raised:
+        manager.add([1] * 13)
+    assert (raised.value.requested, raised.value.available) == (3, 1)
     a = manager.add([1] * 9)
     with pytest.raises(OutOfBlocks) as raised:
         manager.add([3, 3, 3])

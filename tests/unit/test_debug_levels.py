@@ -65,6 +65,21 @@ def test_a_write_after_the_free_is_noticed_from_level_2(level: int) -> None:
     held.manager.check()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_given_out_before_it_was_poisoned_is_left_alone(compiled: bool) -> None:
+    manager = BlockManager(3, 2, debug=2, compiled=compiled)
+    sequence = manager.add()
+    manager.commit(manager.reserve([sequence], [1]))
+    manager.free([sequence])
+    plan = manager.reserve([manager.add()], [1])
+    watch = manager.tiers[0].pool.watch
+    assert watch is not None
+    assert plan.block_table.tolist() == [[1]]
+    assert (watch.to_poison(), watch.to_inspect()) == ([], [])
+    manager.abort(plan)
+    assert watch.to_poison() == [1]
+
+
 @pytest.mark.parametrize("level", [2, 3])
 def test_a_write_to_the_null_block_is_noticed(level: int) -> None:
     held = cache(level)
@@ -77,6 +92,14 @@ def test_level_3_reuses_a_block_as_late_as_can_be() -> None:
     order = {level: [run(cached, [n])[0] for n in range(8)] for level in (1, 3) for cached in [cache(level)]}
     assert order[1] == [1] * 8
     assert order[3] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_level_3_puts_all_of_what_is_freed_at_once_behind_the_rest() -> None:
+    manager = BlockManager(6, 2, debug=3)
+    sequence = manager.add()
+    manager.commit(manager.reserve([sequence], [3]))
+    manager.free([sequence])
+    assert manager.reserve([manager.add()], [6]).block_table.tolist() == [[3, 4, 5]]
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])

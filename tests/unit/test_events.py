@@ -29,6 +29,17 @@ def test_stored_blocks_say_what_they_hold_and_follow(make: Make) -> None:
     assert (second.parent, second.tokens) == (first.names[1], (5, 6))
 
 
+def test_blocks_of_one_step_that_do_not_follow_each_other_come_apart(make: Make) -> None:
+    manager = make(16, 2)
+    a = filled(manager, [1, 2, 3, 4])
+    (b,) = manager.fork(a)
+    listener = Listener(manager)
+    run(manager, [a, b], [[5, 6], [7, 8, 9, 9]])
+    first, second = listener.read()
+    assert (first.tokens, second.tokens) == ((5, 6), (7, 8, 9, 9))
+    assert first.parent == second.parent == manager.tiers[0].index.names[2].tobytes()
+
+
 def test_eviction_and_clear_say_so(make: Make) -> None:
     manager = make(5, 2)
     listener = Listener(manager)

@@ -27,6 +27,12 @@ def test_what_is_refused_was_never_there(make: Make) -> None:
     manager.check()
 
 
+def test_refused_tokens_are_counted_once_however_many_layer_groups_there_are(make: Make) -> None:
+    manager = make(16, 2, windows=(None, 5))
+    manager.commit(manager.reserve([manager.add()], [[1, 2, 3]]), accepted=[1])
+    assert (manager.stats().counters.draft_tokens, manager.stats().counters.tokens_committed) == (2, 1)
+
+
 def test_ids_may_come_with_the_verdict(make: Make) -> None:
     manager = make(16, 2)
     a = filled(manager, [1, 2, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from managers import KINDS, Make, cached_tokens, filled, run
+from managers import KINDS, Make, cached_tokens, filled, run, states
 
 from pagemgr.errors import InvalidInput, StaleSequence
 from pagemgr.layout import group_layers
@@ -45,6 +45,19 @@ def test_blocks_leave_the_window_while_the_sequence_runs(make: Make) -> None:
     stats = manager.stats().device
     assert stats.used == 7
     assert stats.used + stats.free + 1 == 64
+
+
+def test_what_leaves_waits_for_the_steps_in_flight_and_goes_leaf_first(make: Make) -> None:
+    manager = make(32, 2, windows=(3,), rollback=0)
+    a, b = manager.add(), manager.add()
+    plan = manager.reserve([a], [[1, 2, 3, 4, 5, 6, 7, 8]])
+    later = manager.reserve([b], [1])
+    manager.commit(plan)
+    assert states(manager) == {"free": 26, "open": 1, "full": 1, "fenced": 3}
+    manager.commit(later)
+    assert states(manager)["cached"] == 3
+    device = manager.tiers[0]
+    assert device.index.tokens[device.pool.policy.victims(3)].tolist() == [[5, 6], [3, 4], [1, 2]]
 
 
 def test_rollback_keeps_what_a_shorter_sequence_sees(make: Make) -> None:

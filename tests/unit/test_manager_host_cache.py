@@ -50,6 +50,7 @@ def test_a_prompt_brings_it_up(make: Make, host_cache: str, left: int) -> None:
     assert (down.source, down.target, len(down.pairs)) == ("device", "host", 3)  # what it evicts goes down first
     assert (up.source, up.target, len(up.pairs)) == ("host", "device", 3)
     assert not set(down.pairs[:, 1].tolist()) & set(up.pairs[:, 0].tolist())
+    assert manager.tiers[1].index.tokens[up.pairs[:, 0]].tolist() == [[1, 2], [3, 4], [5, 6]]  # side by side above
     for call in (lambda: manager.free([sequence]), lambda: manager.reserve([sequence], [1])):
         with pytest.raises(SequenceBusy):
             call()
@@ -65,8 +66,60 @@ def test_a_prompt_brings_it_up(make: Make, host_cache: str, left: int) -> None:
         manager.finish(promotion)
 
 
-def test_a_cancelled_promotion_ends_its_sequences_and_loses_nothing(make: Make) -> None:
+def test_hits_below_are_counted_by_the_group_that_needs_most(make: Make) -> None:
+    manager = make(9, 2, num_host_blocks=17, host_cache="inclusive", windows=(None, 3))
+    manager.free([filled(manager, PROMPT)])
+    other = manager.add()
+    run(manager, [other], [8])
+    manager.free([other])
+    _, promotion = admitted(manager)
+    assert promotion.num_copied == 3 + 1
+    assert manager.stats().counters.prefix_host_hit_tokens == 6
+
+
+def test_a_hit_below_and_a_block_that_begins_alike_leave_room_for_the_prompt(make: Make) -> None:
+    manager = make(5, 2, num_host_blocks=9, host_cache="inclusive", windows=(3,), rollback=0)
+    manager.free([filled(manager, [1, 2, 3, 4, 5])])  # its first block left the window, and goes first
+    other = manager.add()
+    run(manager, [other], [6])
+    manager.free([other])
+    assert manager.match([1, 2, 3, 9]) == (0, 3)
+    prompt = [1, 2, 3, 9, 9, 9, 9, 9]
+    assert manager.match(prompt) == (0, 2)  # five blocks would be needed at once
+    sequence, promotion = admitted(manager, prompt)
+    manager.finish(promotion)
+    run(manager, [sequence], [prompt[2:]])
+    manager.check()
+
+
+def test_what_came_up_is_not_copied_down_again(make: Make) -> None:
     manager = evicted(make)
+    sequence, promotion = admitted(manager)
+    manager.finish(promotion)
+    manager.free([sequence])
+    plan = manager.reserve([manager.add()], [8])
+    assert manager.match(PROMPT) == (0, 6)  # evicted, and still below
+    (down,) = plan.copies
+    assert manager.tiers[1].index.tokens[down.pairs[:, 1]].tolist() == [[8, 8]]
+
+
+def test_what_comes_up_does_not_evict_what_is_there_of_the_prompt(make: Make) -> None:
+    manager = make(5, 2, num_host_blocks=9, host_cache="inclusive")
+    manager.free([filled(manager, PROMPT)])
+    other = manager.add()
+    run(manager, [other], [[8] * 6])  # evicts two of the prompt's, and is released after the one that is left
+    manager.free([other])
+    assert manager.match(PROMPT) == (2, 6)
+    sequence, promotion = admitted(manager)
+    manager.finish(promotion)
+    manager.check()
+    assert len(set(manager.table.held(sequence.row).tolist())) == 3
+    assert manager.match(PROMPT)[0] == 6
+
+
+@pytest.mark.parametrize("host_cache", ["inclusive", "exclusive"])
+def test_a_cancelled_promotion_ends_its_sequences_and_loses_nothing(make: Make, host_cache: str) -> None:
+    manager = evicted(make, host_cache)
     sequence, promotion = admitted(manager)
     manager.cancel(promotion)
     manager.check()
@@ -149,6 +202,30 @@ def test_exclusive_holds_each_prefix_in_one_tier(make: Make) -> None:
     )
     assert not device & host
     assert device | host
+    manager.check()
+
+
+def test_exclusive_takes_nothing_from_who_was_swapped_out(make: Make) -> None:
+    manager = make(9, 2, num_host_blocks=9, host_cache="exclusive")
+    swapped = filled(manager, PROMPT)
+    manager.finish(manager.swap_out([swapped]))
+    manager.clear()
+    _, promotion = admitted(manager)
+    manager.finish(promotion)
+    manager.check()
+    assert manager.stats().tiers[1].full == 3
+    manager.finish(manager.swap_in([swapped]))
+    assert manager.lengths([swapped]).tolist() == [7]
+    manager.check()
+
+
+@pytest.mark.parametrize(("host_cache", "left"), [("off", 3), ("inclusive", 3), ("exclusive", 0)])
+def test_what_is_swapped_in_stays_below_unless_exclusive(make: Make, host_cache: str, left: int) -> None:
+    manager = make(9, 2, num_host_blocks=9, host_cache=host_cache)
+    sequence = filled(manager, PROMPT)
+    manager.finish(manager.swap_out([sequence]))
+    manager.finish(manager.swap_in([sequence]))
+    assert manager.stats().tiers[1].cached == left
     manager.check()
 
 

@@ -47,6 +47,8 @@ def test_owners_keep_to_their_quota(make: Make) -> None:
     with pytest.raises(PinQuotaExceeded) as raised:
         manager.pin(a, "x")
     assert (raised.value.owner, raised.value.requested, raised.value.pinned, raised.value.quota) == ("x", 2, 2, 3)
+    manager.unpin(manager.pin(a, "x", length=2))  # as many as it may
+    manager.unpin(manager.pin(a, "x", length=2))  # and once they are back, again
     second = manager.pin(a, "y")
     manager.free([a])
     assert manager.stats().device.pinned == 2  # blocks, however often they are pinned

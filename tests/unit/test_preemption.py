@@ -20,6 +20,7 @@ def test_as_many_as_are_needed_in_the_order_given(make: Make) -> None:
     assert not differences(before, snapshot(manager))
     assert (plan.swap_out, plan.drop, plan.missing) == ((), (c, b), 0)  # 3 blocks of the host hold none of 4
     assert (plan.blocks, plan.dropped_tokens, plan.swapped_blocks) == (8, 14, 0)
+    assert manager.preemption([new], [8], [c, b, a]).drop == (c,)  # just enough is enough
     manager.free(list(plan.drop))
     run(manager, [new], [10])
 
@@ -53,6 +54,16 @@ def test_sharers_count_together_and_those_that_give_nothing_stay(make: Make) -> 
     assert (plan.drop, plan.blocks) == ((a, twin), 2)
     assert manager.preemption([new], [8], [a]).missing == 2  # its twin holds everything
     manager.free([a, twin, keeper])
+
+
+def test_a_tail_that_has_to_be_copied_needs_room_as_well(make: Make) -> None:
+    manager = make(5, 2)
+    a, b = filled(manager, [1]), filled(manager, [2] * 5)
+    manager.fork(a)
+    plan = manager.preemption([a], [1], [b])
+    assert plan.drop == (b,)
+    manager.free([b])
+    run(manager, [a], [[1]])
 
 
 def test_busy_candidates_are_passed_over(make: Make) -> None:
