@@ -76,10 +76,10 @@ def arrive(tokens: TokenArray, root: bytes, tier: Tier, num_groups: int, named: 
     return Arrival(tokens, roots, names)
 
 
-def find(arrival: Arrival, tiers: tuple[Tier, ...], windows: tuple[int | None, ...], verify: bool) -> Match:
-    """The longest usable beginning in these tiers, the first being the device; one token at least is left to run. Pure.
+def find_whole(arrival: Arrival, tiers: tuple[Tier, ...], windows: tuple[int | None, ...], verify: bool) -> Match:
+    """The longest usable run of whole blocks in these tiers, the first being the device. Pure.
 
-    ``verify`` compares token ids and not names alone.
+    One token at least is left to run. ``verify`` compares token ids and not names alone.
     """
     size = tiers[0].index.block_size
     usable, collisions = max(len(arrival.tokens) - 1, 0) // size, 0
@@ -102,7 +102,7 @@ def find(arrival: Arrival, tiers: tuple[Tier, ...], windows: tuple[int | None, .
     first = tuple(max(usable - need, 0) for need in needed)
     blocks = tuple(up[start:usable] for (up, _), start in zip(found, first, strict=True))
     below = tuple(low[start:usable] for (_, low), start in zip(found, first, strict=True))
-    return _with_tail(Match(usable * size, first, blocks, below, collisions), arrival, tiers[0])
+    return Match(usable * size, first, blocks, below, collisions)
 
 
 def _held(tiers: tuple[Tier, ...], names: bytes, leading: bool) -> tuple[Blocks, Blocks]:
@@ -154,7 +154,7 @@ def _serves(up: Blocks, low: Blocks, needed: int) -> npt.NDArray[np.bool_]:
     return np.concatenate([[True], run >= np.minimum(count, needed)])
 
 
-def _with_tail(match: Match, arrival: Arrival, tier: Tier) -> Match:
+def with_tail(match: Match, arrival: Arrival, tier: Tier) -> Match:
     """The match, longer by what one more block of each group has in common with the prompt."""
     size = tier.index.block_size
     whole = match.length // size

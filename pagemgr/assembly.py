@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from . import accelerator, checks
-from .admission import Arrival, Match, arrive, find
+from .admission import Arrival, Match, arrive, find_whole, with_tail
 from .checks import Held
 from .errors import InvalidInput, OutOfBlocks, SequenceTooLong
 from .events import EventLog, Subscription
@@ -54,6 +54,7 @@ class Assembly(OneProcess):
         watermark: int = 0,
         pin_quota: int = 0,
         prefix_caching: bool = True,
+        partial_hits: bool = True,
         verify_hits: bool = False,
         secret: bytes = b"",
         eviction: str = "lru",
@@ -71,7 +72,8 @@ class Assembly(OneProcess):
                 f"max_seq_len={max_seq_len} is not in [1, {most}], what {num_blocks - 1} blocks can hold"
             )
         self.block_size, self.rollback, self.watermark = block_size, rollback, watermark
-        self.prefix_caching, self.verify_hits, self._secret = prefix_caching, verify_hits, secret
+        self.prefix_caching, self.partial_hits, self.verify_hits = prefix_caching, partial_hits, verify_hits
+        self._secret = secret
         sizes = {"device": num_blocks} | ({"host": num_host_blocks} if num_host_blocks else {})
         library = accelerator.load(cache_dir) if compiled and debug < HISTORY else None
         self.events = EventLog()
@@ -168,7 +170,8 @@ class Assembly(OneProcess):
         ]
 
     def _find(self, arrival: Arrival, tiers: tuple[Tier, ...]) -> Match:
-        return find(arrival, tiers, self.table.windows, self.verify_hits)
+        whole = find_whole(arrival, tiers, self.table.windows, self.verify_hits)
+        return with_tail(whole, arrival, self.tiers[DEVICE]) if self.partial_hits else whole
 
     def _require_admissible(self, arrivals: list[Arrival], matches: list[Match]) -> None:
         """Raise unless there are rows, and room for these prompts above the watermark."""

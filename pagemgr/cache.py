@@ -166,6 +166,7 @@ class PagedKVCache:
             watermark=int(num_blocks * config.pool.watermark),
             pin_quota=int(num_blocks * config.prefix.pin_share),
             prefix_caching=config.prefix.enabled,
+            partial_hits=config.prefix.partial_hits,
             verify_hits=config.prefix.verify_hits,
             secret=config.prefix.secret.get_secret_value().encode() if config.prefix.secret else b"",
             eviction=config.eviction.policy,

@@ -145,6 +145,8 @@ class PrefixConfig(_Section):
 
     enabled: bool = True
     """Match new sequences against cached prefixes."""
+    partial_hits: bool = True
+    """Reuse the beginning of one more block after the whole ones, by copying it."""
     verify_hits: bool = False
     """Compare token ids on a hit, and not names alone."""
     secret: Key | None = None

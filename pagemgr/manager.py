@@ -51,8 +51,8 @@ class BlockManager(Assembly):
     see, None for all; a sequence has a row for each group, and the last ``rollback`` tokens that it ran can be cut.
     ``watermark`` blocks are left to running sequences when one is added, an owner may pin ``pin_quota`` blocks, and
     ``host_cache`` ("off", "inclusive", "exclusive") says whether evicted blocks go down to the host, and stay there
-    when they come up. ``verify_hits`` compares token ids and not names alone; ``secret`` keys the names.
-    ``debug`` is how closely blocks are watched, see ``watch.py``.
+    when they come up. ``partial_hits`` reuses the beginning of a block by copy, ``verify_hits`` compares token ids and
+    not names alone, ``secret`` keys the names. ``debug`` is how closely blocks are watched, see ``watch.py``.
     ``compiled`` runs the hot loops in C++ where there is a compiler (built once, into ``cache_dir``); the decisions
     are the same without. Raises ``InvalidInput`` for sizes that cannot work.
     """

@@ -17,7 +17,7 @@ import torch
 
 from .backends import KVLayer
 from .cache import PagedKVCache, Step
-from .config import Config, EvictionConfig, ModelConfig, PoolConfig
+from .config import Config, EvictionConfig, ModelConfig, PoolConfig, PrefixConfig
 from .errors import InternalError
 from .ids import TokenArray
 from .manager import BlockManager
@@ -85,7 +85,15 @@ class _Contents:
             max_seq_len=(num_blocks - 1) * block_size,
         )
         model = ModelConfig(num_layers=1, num_kv_heads=1, head_dim=1)
-        self.cache = PagedKVCache(Config(model=model, pool=pool, eviction=EvictionConfig(policy=policy), device="cpu"))
+        self.cache = PagedKVCache(
+            Config(
+                model=model,
+                pool=pool,
+                prefix=PrefixConfig(partial_hits=False),
+                eviction=EvictionConfig(policy=policy),
+                device="cpu",
+            )
+        )
         self.compared = 0
 
     def write(self, step: Step, tokens: TokenArray, start: int) -> None:
@@ -124,10 +132,7 @@ def replay(
     host_blocks: int = 0,
     host_cache: str = "off",
 ) -> Replay:
-    """Run a whole trace, on layer groups of these ``windows`` and with a host tier if asked for; both without data.
-
-    Raises ``InternalError`` if bytes are wrong.
-    """
+    """Run a whole trace; with data, on one layer group and no host tier. Raises ``InternalError`` if bytes are wrong."""
     contents = _Contents(usable_blocks + 1, block_size, policy) if with_data else None
     manager = (
         contents.cache.manager
@@ -139,6 +144,7 @@ def replay(
             eviction=policy,
             windows=windows,
             rollback=0,
+            partial_hits=False,  # a trace names whole blocks, and so does the optimum
             num_host_blocks=host_blocks + 1 if host_blocks else 0,
             host_cache=host_cache,
         )

@@ -198,7 +198,6 @@ def _summary(result: Replay, token_bytes: int, policy: str) -> Iterator[tuple[st
     yield "hit_ratio", round(result.stats.hit_ratio, 4)
     yield "device_hit_tokens", counters.prefix_hit_tokens - counters.prefix_host_hit_tokens
     yield "host_hit_tokens", counters.prefix_host_hit_tokens
-    yield "partial_block_hit_tokens", counters.prefix_partial_hit_tokens
     yield "demoted_blocks", counters.demoted_blocks
     yield "policy", policy
     yield "evicted_blocks", device.evicted_total

@@ -65,10 +65,8 @@ def test_layers_with_a_window_hold_no_more_than_it() -> None:
     model = tiny_model("Gemma3")
     ids, mask = left_padded([71, 40], seed=3)
     cache = PagedCache.for_model(model, num_blocks=400, block_size=4, rollback=0)
-    ours = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=120, do_sample=False)
-    theirs = tiny_model("Gemma3")
-    theirs.set_attn_implementation("eager")
-    assert_same(ours, theirs.generate(ids, attention_mask=mask, max_new_tokens=120, do_sample=False))
+    ours = generate(model, NAME, ids, mask, past_key_values=cache, max_new_tokens=120)
+    assert_same(ours, generate(model, "eager", ids, mask, max_new_tokens=120))
     full = sum(-(-length // 4) for length in (190, 159))
     window = -(-WINDOW // 4)
     assert cache.pool.stats().device.used <= full + 2 * 2 * (window + 1) < 0.5 * 3 * full
