@@ -132,7 +132,7 @@ def replay(
     host_blocks: int = 0,
     host_cache: str = "off",
 ) -> Replay:
-    """Run a whole trace; with data, on one layer group and no host tier. Raises ``InternalError`` if bytes are wrong."""
+    """Run a whole trace; with data, on one group and no host tier. Raises ``InternalError`` if bytes are wrong."""
     contents = _Contents(usable_blocks + 1, block_size, policy) if with_data else None
     manager = (
         contents.cache.manager
