@@ -5,7 +5,7 @@
  * runs where there is no compiler. A function that meets what it does not handle says so and has changed nothing.
  */
 
-enum pagemgr_manager_version { PAGEMGR_MANAGER_VERSION = 3 };
+enum pagemgr_manager_version { PAGEMGR_MANAGER_VERSION = 4 };
 
 /* Blocks of one tier by name: open addressing with linear probing. */
 typedef struct {
@@ -95,6 +95,11 @@ int64_t pagemgr_manager_commit(
 int64_t pagemgr_manager_free(
     pagemgr_manager *manager, const int64_t *rows, const int64_t *generations, int64_t num_seqs, int64_t num_free,
     int32_t *cached, int64_t *released);
+
+/* Makes n sequences like one that is idle on the device: parents[g] is its row in layer group g, children[g * n + i] that
+ * of child i. Its blocks gain n references each. 0, and nothing has changed, if the specification has to look at it. */
+int32_t pagemgr_manager_fork(
+    pagemgr_manager *manager, const int64_t *parents, int64_t num_groups, const int64_t *children, int64_t n);
 
 /* Names of num_blocks full blocks of tokens, the first of which follows parent: [num_blocks, 32]. */
 void pagemgr_manager_hash(

@@ -243,6 +243,21 @@ class Accelerator:
         table.vacate(rows)
         return True
 
+    def fork(self, rows: Ints, n: int) -> list[int] | None:
+        """As ``clone`` and ``share``, for a sequence that is idle on the device; None if the specification has to."""
+        table, buffer = self._table, self._ffi.from_buffer
+        first = table.next_rows(n)
+        children = table.groups_of(np.array(first, dtype=np.int64))
+        done = self._lib.pagemgr_manager_fork(
+            self._manager, buffer("int64_t[]", rows), len(rows), buffer("int64_t[]", children), n
+        )
+        if not done:
+            return None
+        table.occupy(n)
+        held = [table.held(row) for row in rows.tolist()]
+        self._device.note(np.concatenate(held) if len(held) > 1 else held[0])
+        return first
+
     def drop(self, plan: Plan) -> None:
         """The step was aborted."""
         self._steps.pop(plan.step, None)

@@ -109,10 +109,12 @@ class BlockManager(Assembly):
             self.table.require_idle(rows, "fork")
             self.table.require(n)
             tier = self.tiers[self.table.tier[rows[0]]]
-            held = [self.table.held(row) for row in rows.tolist()]
-            tier.share(np.concatenate(held) if len(held) > 1 else held[0], n)
-            cached = sequence.num_cached_tokens
-            return [self.table.handle(child, cached) for child in self.table.clone(int(rows[0]), n)]
+            children = self._accelerator.fork(rows, n) if self._accelerator is not None else None
+            if children is None:
+                held = [self.table.held(row) for row in rows.tolist()]
+                tier.share(np.concatenate(held) if len(held) > 1 else held[0], n)
+                children = self.table.clone(int(rows[0]), n)
+            return [self.table.handle(child, sequence.num_cached_tokens) for child in children]
 
     def truncate(self, sequences: SequenceOf[Sequence], lengths: SequenceOf[int]) -> None:
         """Cut sequences back to these lengths in tokens and give back the blocks past the cut.

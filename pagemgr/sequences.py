@@ -112,6 +112,14 @@ class SequenceTable:
         if count > len(self._free):
             raise OutOfSequences(count, len(self._free), self.max_sequences)
 
+    def next_rows(self, n: int) -> list[int]:
+        """The rows in group 0 that the next ``n`` sequences get."""
+        return self._free[: -n - 1 : -1]
+
+    def occupy(self, n: int) -> None:
+        """These are no longer free."""
+        del self._free[-n:]
+
     def groups_of(self, rows: Ints) -> Ints:
         """All rows of the sequences with these rows in group 0, group by group; -1 for what is no such row."""
         if len(self.windows) == 1:
@@ -134,7 +142,8 @@ class SequenceTable:
 
     def clone(self, row: int, n: int) -> list[int]:
         """``n`` new sequences with the same content, by their rows in group 0. The caller adds the references."""
-        first = [self._free.pop() for _ in range(n)]
+        first = self.next_rows(n)
+        self.occupy(n)
         parents = self.groups_of(np.array([row], dtype=np.int64))
         children = self.groups_of(np.array(first, dtype=np.int64)).reshape(len(parents), n)
         used = self.num_blocks[row]

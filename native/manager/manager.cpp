@@ -206,6 +206,32 @@ int64_t pagemgr_manager_free(
     return num_cached;
 }
 
+int32_t pagemgr_manager_fork(
+    pagemgr_manager *manager, const int64_t *parents, int64_t num_groups, const int64_t *children, int64_t n) {
+    pagemgr_manager &m = *manager;
+    for (int64_t g = 0; g < num_groups; ++g) {
+        const int64_t row = parents[g];
+        if (!m.live[row] || m.tier[row] != 0 || m.last_step[row] != 0) return 0;
+        for (int64_t column = m.dropped[row]; column < m.num_blocks[row]; ++column)
+            if (m.refs[m.blocks[row * m.width + column]] > INT32_MAX - n) return 0;
+    }
+    for (int64_t g = 0; g < num_groups; ++g) {
+        const int64_t row = parents[g], used = m.num_blocks[row];
+        const int32_t *const blocks = m.blocks + row * m.width;
+        for (int64_t column = m.dropped[row]; column < used; ++column) m.refs[blocks[column]] += static_cast<int32_t>(n);
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t child = children[g * n + i];
+            std::memcpy(m.blocks + child * m.width, blocks, used * sizeof *blocks);
+            std::memcpy(m.roots + child * kDigestBytes, m.roots + row * kDigestBytes, kDigestBytes);
+            for (int64_t *column : {m.num_blocks, m.dropped, m.reserved, m.computed, m.committed})
+                column[child] = column[row];
+            m.tier[child] = 0;
+            m.live[child] = 1;
+        }
+    }
+    return 1;
+}
+
 void pagemgr_manager_hash(
     const uint8_t *parent, const int32_t *tokens, int64_t num_blocks, int32_t block_size, uint8_t *names) {
     pagemgr::hash_chain(parent, tokens, num_blocks, block_size, names);
