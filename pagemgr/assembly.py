@@ -31,6 +31,8 @@ from .verb import Verb
 from .watch import CHECKS, HISTORY
 
 DEVICE, HOST = 0, 1
+MOST_GROUPS = 256
+"""A block's group is one byte (``PrefixIndex.groups``)."""
 HOST_CACHES = ("off", "inclusive", "exclusive")
 
 _NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
@@ -254,6 +256,8 @@ def _require_choices(
         raise InvalidInput(f"host_cache={host_cache!r} needs host blocks, and there are none")
     if not windows or any(window is not None and window < 1 for window in windows):
         raise InvalidInput(f"windows must name at least one group, each None or at least 1 token, got {windows}")
+    if len(windows) > MOST_GROUPS:
+        raise InvalidInput(f"windows names {len(windows)} layer groups, at most {MOST_GROUPS} can be told apart")
 
 
 def _require_counts(**counts: int) -> None:

@@ -151,7 +151,7 @@ def test_handles_of_another_manager_are_stale(make: Make) -> None:
     manager.check()
 
 
-@pytest.mark.parametrize("windows", [(), (0,), (None, -1)])
+@pytest.mark.parametrize("windows", [(), (0,), (None, -1), (None,) * 257])
 def test_windows_that_cannot_be(make: Make, windows: tuple[int | None, ...]) -> None:
     with pytest.raises(InvalidInput, match="windows"):
         make(9, 2, windows=windows)
