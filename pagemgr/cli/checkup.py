@@ -26,7 +26,13 @@ SHARED_MEMORY = Path("/dev/shm")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 ENOUGH_SHARED = 1 << 30
 ENOUGH_FILES = 1024
-EXTRAS = {"serve": "uvicorn", "otel": "opentelemetry-api", "hf": "transformers", "demo": "matplotlib"}
+EXTRAS = {
+    "serve": "uvicorn",
+    "kv_events": "pyzmq",
+    "otel": "opentelemetry-api",
+    "hf": "transformers",
+    "demo": "matplotlib",
+}
 """Extra of ours → the package by which it is told."""
 
 

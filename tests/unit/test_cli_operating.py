@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -295,3 +296,10 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"the service needs \w+: pip install 'pagemgr\[serve\]'"):
         make_cache().serve()
+
+
+def test_the_doctor_knows_every_extra(root: Path) -> None:
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(checkup.EXTRAS) == set(declared) - {"dev"}
+    for extra, package in checkup.EXTRAS.items():
+        assert any(requirement.startswith(package) for requirement in declared[extra])
