@@ -105,6 +105,7 @@ def _claims(
         for kv_dtype in sorted(capabilities.kv_dtypes, key=str):
             case = replace(base, dtype=dtype, kv_dtype=kv_dtype)
             yield f"write_kv-{dtype}-as-{kv_dtype}", partial(_quantises, case)
+            yield f"write_kv-{dtype}-as-{kv_dtype}-not-finite", partial(_quantises_not_finite, case)
     yield "write_kv-nothing", partial(_writes_nothing, base)
     for name, case in attention_cases(capabilities):
         yield f"attention-{name}", partial(_attends, case)
@@ -216,6 +217,25 @@ def _quantises(case: Case, backend: Backend, device: str, generator: torch.Gener
         _nearest(rows[written.to(device), i], stored[blocks, :, offsets], scales[blocks, :, offsets], name)
         old[blocks, :, offsets], old_scales[blocks, :, offsets] = stored[blocks, :, offsets], scales[blocks, :, offsets]
     _same_bytes(problem.pool, before.pool, "the pool after write_kv, but for the slots,")
+
+
+def _quantises_not_finite(case: Case, backend: Backend, device: str, generator: torch.Generator) -> None:
+    """Rows with one element that is no number, or nothing else, are NaN throughout, and their neighbours untouched."""
+    problem = build(case, generator, device)
+    rows = torch.randn(12, case.kv_heads, case.head_dim, generator=generator)
+    for row, (found, where) in enumerate(itertools.product((torch.nan, torch.inf, -torch.inf), (0, -1, slice(None)))):
+        rows[row, row % case.kv_heads, where] = found
+    finite = rows.isfinite().all(-1)
+    slots = torch.randperm(len(problem.pool) * case.block_size, generator=generator)[: len(rows)]
+    rows = rows.to(device, case.dtype)
+    backend.write_kv(rows, -rows, problem.kv, slots.to(device))
+    blocks, offsets = ((slots // case.block_size).to(device), (slots % case.block_size).to(device))
+    for sign, name in ((1, "key"), (-1, "value")):
+        stored, scales = (part[blocks, :, offsets].cpu() for part in _parts(problem.kv, name))
+        _nearest(sign * rows.cpu()[finite], stored[finite], scales[finite], name)
+        held = stored[~finite].float() * scales[~finite].unsqueeze(-1)
+        if bool(scales[~finite].isfinite().any()) or not bool(held.isnan().all()):
+            raise AssertionError(f"rows of the {name} that are not finite were stored as {held} by {scales[~finite]}")
 
 
 def _parts(kv: KVLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -194,6 +194,8 @@ class Backend(Protocol):
 
         Into a quantised pool goes ``x / scale``, rounded to nearest, and the scale of each row of ``head_dim``: its
         largest magnitude over that of the type (``LARGEST``), or 0 with elements of 0 if that is below ``LEAST_SCALE``.
+        A row that holds an infinity or a NaN becomes NaN throughout: its scale is not finite, whatever its elements
+        are, their products with it are NaN.
         """
 
     def attention(

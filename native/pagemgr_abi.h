@@ -112,7 +112,8 @@ typedef struct {
 
 /* Stores new tokens into their slots. No two tokens share a slot. Quantised, a row's scale is its largest magnitude over
  * the largest of the type (448, 57344, 127), and an element is what x / scale rounds to, half to even; a scale below the
- * least normal float is 0, and so are its elements. */
+ * least normal float is 0, and so are its elements. The scale of a row that holds an infinity or a NaN is not finite, and
+ * its products with the elements are NaN. */
 typedef struct {
     pagemgr_run run;
     pagemgr_kv kv;                /* written */
