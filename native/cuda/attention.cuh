@@ -105,11 +105,17 @@ struct Row {
     }
 };
 
-// Element offset of a token's row in key and value. A block id that does not exist is replaced by one that does.
-__device__ __forceinline__ int64_t kv_offset(const Problem &problem, int block, int token, int kv_head) {
+// A block id from a table that is to be read; if there is no such block it is reported, and block 0 is read instead.
+__device__ __forceinline__ int64_t existing(const Problem &problem, int block) {
+    if (block >= 0 && block < problem.args.kv.num_blocks) return block;
+    report(problem.args.run, PAGEMGR_BAD_BLOCK);
+    return 0;
+}
+
+// Element offset of a token's row in key and value.
+__device__ __forceinline__ int64_t kv_offset(const Problem &problem, int64_t block, int token, int kv_head) {
     const pagemgr_kv &kv = problem.args.kv;
-    const int64_t id = min(static_cast<unsigned>(block), static_cast<unsigned>(kv.num_blocks - 1));
-    return id * kv.block_stride + kv_head * kv.head_stride + (token & (kv.block_size - 1)) * kv.token_stride;
+    return block * kv.block_stride + kv_head * kv.head_stride + (token & (kv.block_size - 1)) * kv.token_stride;
 }
 
 // Rows of queries into shared memory, [count][stride], zeros past the sequence's last row.

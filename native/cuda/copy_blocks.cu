@@ -15,7 +15,10 @@ __global__ void __launch_bounds__(THREADS)
     copy_blocks(const __grid_constant__ pagemgr_copy_blocks_args args, unsigned parts) {
     const int64_t pair = blockIdx.x / parts, part = blockIdx.x % parts;
     const int64_t from = args.pairs[2 * pair], to = args.pairs[2 * pair + 1];
-    if (from < 0 || from >= args.num_blocks || to < 0 || to >= args.num_blocks) return;
+    if (from < 0 || from >= args.num_blocks || to < 0 || to >= args.num_blocks) {
+        if (part == 0 && threadIdx.x == 0) report(args.run, PAGEMGR_BAD_BLOCK);
+        return;
+    }
     const Vector *source =
         reinterpret_cast<const Vector *>(static_cast<const char *>(args.pool) + from * args.block_stride_bytes);
     Vector *target = reinterpret_cast<Vector *>(static_cast<char *>(args.pool) + to * args.block_stride_bytes);

@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(THREADS) prefill_kernel(const __grid_constant_
         const int token = origin + tile * TOKENS + thread;
         if (thread >= TOKENS) return;
         const bool readable = token >= sequence.first && token < sequence.stop;
-        shared.offsets[tile % 2][thread] = readable ? kv_offset(problem, block, token, kv_head) : -1;
+        shared.offsets[tile % 2][thread] = readable ? kv_offset(problem, existing(problem, block), token, kv_head) : -1;
     };
     Rows<T, DIM> rows;
     const bool plain = problem.softcap == 0 && !args.alibi_slopes && problem.scale > 0;

@@ -79,6 +79,8 @@ __device__ __forceinline__ Share find_share(const Problem &problem, Cursor<TOKEN
     for (int i = begin; i < end; ++i) {
         cursor.enter(problem, i);
         mine += cursor.cost();
+        if (blockIdx.x == 0 && cursor.sequence.stop != problem.args.seq_lens[i])
+            report(problem.args.run, PAGEMGR_BAD_LENGTH);  // once, for the kernels of prefill, too
     }
     int prefix = mine;
 #pragma unroll

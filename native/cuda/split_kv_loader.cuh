@@ -86,7 +86,8 @@ template <typename T, int DIM> struct Loader {
         auto &runs = of_value ? shared.stage[stage].value : shared.stage[stage].key;
         T *target = runs[piece / Memory::RUN_TOKENS % RUNS] + piece % Memory::RUN_TOKENS * DIM;
         const T *source =
-            static_cast<const T *>(of_value ? kv.value : kv.key) + kv_offset(problem, block, start, cursor.kv_head);
+            static_cast<const T *>(of_value ? kv.value : kv.key) +
+            kv_offset(problem, first < stop ? existing(problem, block) : 0, start, cursor.kv_head);
         const uint32_t barrier = shared_address(&shared.full[stage]);
         if (of_value && !idle() && stop - first < size) clear(target, first, stop);
         __syncwarp();

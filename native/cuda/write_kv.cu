@@ -39,7 +39,10 @@ template <typename Vector> __global__ void __launch_bounds__(THREADS) write_kv(c
                                                      token * args.value_token_stride + head * args.value_head_stride +
                                                      element);
         const int64_t slot = args.slot_mapping[token];
-        if (slot < 0 || slot >= num_slots) continue;
+        if (slot < 0 || slot >= num_slots) {
+            if (slot != -1 && within == 0) report(args.run, PAGEMGR_BAD_SLOT);
+            continue;
+        }
         const int64_t block = slot / args.kv.block_size, offset = slot - block * args.kv.block_size;
         target[i] = block * args.kv.block_stride + head * args.kv.head_stride + offset * args.kv.token_stride + element;
     }
