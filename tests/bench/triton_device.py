@@ -279,7 +279,7 @@ def moving(bench: Bench) -> None:
     for block_bytes, pairs in ((65536, 16), (65536, 512), (65536, 8192), (2 << 20, 64), (2 << 20, 512)):
         pool = self_sized(bench.memory, block_bytes)
         ids = torch.randperm(len(pool), device="cuda")[: 2 * pairs].view(-1, 2)
-        took = bench.microseconds(lambda pool=pool, ids=ids: backend.copy_blocks(pool, ids))
+        took = bench.microseconds(lambda pool=pool, ids=ids: backend.copy_blocks(pool, pool, ids))
         row = {"us": took, "GB/s": 2 * pairs * block_bytes / took / 1e3}
         bench.note("copy", f"{pairs} blocks of {block_bytes >> 10} KiB", row)
 
