@@ -132,19 +132,20 @@ class NativeBackend:
         self._ready[call] = ready
         return out
 
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""
-        check_copy(pool, pairs)
-        if not pool[:1].is_contiguous():  # a slice of wider blocks: its parts are contiguous at last
-            for part in pool.unbind(1):
-                self.copy_blocks(part, pairs)
+        check_copy(source, target, pairs)
+        if not (source[:1].is_contiguous() and target[:1].is_contiguous()):
+            for parts in zip(source.unbind(1), target.unbind(1), strict=True):  # those are contiguous at last
+                self.copy_blocks(*parts, pairs)
             return
         library, pairs = self.library, pairs.contiguous()
         args = library.ffi.new("pagemgr_copy_blocks_args *")
-        self._set_run(args.run, pool.device)
-        args.pool, args.pairs = library.pointer(pool), library.pointer(pairs)
-        args.num_blocks, args.num_pairs = pool.shape[0], pairs.shape[0]
-        args.block_bytes, args.block_stride_bytes = pool[:1].nbytes, pool.stride(0) * pool.itemsize
+        self._set_run(args.run, pairs.device)
+        args.source, args.target, args.pairs = map(library.pointer, (source, target, pairs))
+        args.num_source_blocks, args.num_target_blocks = source.shape[0], target.shape[0]
+        args.source_stride_bytes, args.target_stride_bytes = (t.stride(0) * t.itemsize for t in (source, target))
+        args.block_bytes, args.num_pairs = source[:1].nbytes, pairs.shape[0]
         self._call("copy_blocks", args)
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

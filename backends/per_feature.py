@@ -59,9 +59,9 @@ class PerFeature:
         backend = self._chosen.get(needs) or self._choose(needs)
         return backend.attention(query, kv, batch, params, out, lse)
 
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""
-        self._first.copy_blocks(pool, pairs)
+        self._first.copy_blocks(source, target, pairs)
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Backend.merge``."""

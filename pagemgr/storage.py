@@ -71,7 +71,7 @@ class Storage:
                 start = self._timings.start("kernel")
                 pairs = torch.from_numpy(group.pairs.astype(np.int64))
                 pool = self.tiers[group.source]
-                self._backend.copy_blocks(pool, pairs.to(pool.device, non_blocking=True))
+                self._backend.copy_blocks(pool, pool, pairs.to(pool.device, non_blocking=True))
                 self._timings.lap("kernel", "copy_blocks", start, blocks=blocks)
             else:
                 direction = "in" if group.target == "device" else "out"

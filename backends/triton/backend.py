@@ -110,13 +110,13 @@ class TritonBackend:
         attention(query, kv, batch, params, out, lse)
         return out
 
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""
         if torch.compiler.is_compiling():
-            torch.ops.pagemgr.triton_copy_blocks(pool, pairs)
+            torch.ops.pagemgr.triton_copy_blocks(source, target, pairs)
         else:
-            check_copy(pool, pairs)
-            copy_blocks(pool, pairs)
+            check_copy(source, target, pairs)
+            copy_blocks(source, target, pairs)
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Backend.merge``."""

@@ -1,4 +1,4 @@
-// copy_blocks: whole blocks within the pool, all pairs in one launch.
+// copy_blocks: whole blocks within a tier or between two, all pairs in one launch.
 //
 // A CTA copies one part of one block; its threads read all that they copy before they write any of it. There are more
 // CTAs than fit at once, since multiprocessors differ in speed.
@@ -15,13 +15,17 @@ __global__ void __launch_bounds__(THREADS)
     copy_blocks(const __grid_constant__ pagemgr_copy_blocks_args args, unsigned parts) {
     const int64_t pair = blockIdx.x / parts, part = blockIdx.x % parts;
     const int64_t from = args.pairs[2 * pair], to = args.pairs[2 * pair + 1];
+<<<<<<< HEAD
     if (from < 0 || from >= args.num_blocks || to < 0 || to >= args.num_blocks) {
         if (part == 0 && threadIdx.x == 0) report(args.run, PAGEMGR_BAD_BLOCK);
         return;
     }
+=======
+    if (from < 0 || from >= args.num_source_blocks || to < 0 || to >= args.num_target_blocks) return;
+>>>>>>> 3f396cfabac2237a7da9cee2f4040ec5e746638b
     const Vector *source =
-        reinterpret_cast<const Vector *>(static_cast<const char *>(args.pool) + from * args.block_stride_bytes);
-    Vector *target = reinterpret_cast<Vector *>(static_cast<char *>(args.pool) + to * args.block_stride_bytes);
+        reinterpret_cast<const Vector *>(static_cast<const char *>(args.source) + from * args.source_stride_bytes);
+    Vector *target = reinterpret_cast<Vector *>(static_cast<char *>(args.target) + to * args.target_stride_bytes);
     const int64_t count = args.block_bytes / static_cast<int64_t>(sizeof(Vector));
     const int64_t first = part * THREADS * VECTORS + threadIdx.x;
     Vector vectors[VECTORS];
@@ -50,12 +54,12 @@ template <typename Vector> int launch_copy(const pagemgr_copy_blocks_args &args)
 using namespace pagemgr;
 
 int32_t pagemgr_copy_blocks(const pagemgr_copy_blocks_args *args) {
-    if (args->num_pairs < 0 || args->block_bytes < 0 || args->num_blocks < 0) {
-        return fail(PAGEMGR_INVALID, "num_pairs, num_blocks and block_bytes must not be negative");
+    if (args->num_pairs < 0 || args->block_bytes < 0 || args->num_source_blocks < 0 || args->num_target_blocks < 0) {
+        return fail(PAGEMGR_INVALID, "num_pairs, block_bytes and the numbers of blocks must not be negative");
     }
     if (args->num_pairs == 0 || args->block_bytes == 0) return PAGEMGR_OK;
     const OnDevice device(args->run.device_index);
-    const uint64_t bits = reinterpret_cast<uint64_t>(args->pool) | static_cast<uint64_t>(args->block_bytes) |
-                          static_cast<uint64_t>(args->block_stride_bytes);
+    const uint64_t bits = reinterpret_cast<uint64_t>(args->source) | reinterpret_cast<uint64_t>(args->target) |
+                          static_cast<uint64_t>(args->block_bytes | args->source_stride_bytes | args->target_stride_bytes);
     return bits % 16 == 0 ? launch_copy<uint4>(*args) : launch_copy<unsigned char>(*args);
 }

@@ -36,7 +36,7 @@ def moved(backends: Backends, clock: CpuClock | GpuClock, device: torch.device, 
     for block_bytes, count in BLOCKS if large else BLOCKS[:2]:
         pool = torch.randint(256, (4 * count, block_bytes), dtype=torch.uint8, device=device)
         pairs = torch.randperm(4 * count, device=device)[: 2 * count].view(-1, 2)
-        calls = {name: partial(backend.copy_blocks, pool, pairs) for name, backend in backends.items()}
+        calls = {name: partial(backend.copy_blocks, pool, pool, pairs) for name, backend in backends.items()}
         what = f"copy_blocks, {count} of {block_bytes >> 10} KiB"
         rows += _beside_copy(what, count * block_bytes, calls, clock, device)
     return rows

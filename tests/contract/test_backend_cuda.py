@@ -136,5 +136,5 @@ def test_pools_beyond_two_to_the_31_elements(new: int) -> None:
     expected = TorchBackend().attention(query, small, at_home, params).float()
     out = backend.attention(query, kv, batch, params).float()
     assert float((out - expected).norm()) <= 1e-2 * float(expected.norm())
-    backend.copy_blocks(pool, torch.tensor([[blocks - 1, 0]], device="cuda"))
+    backend.copy_blocks(pool, pool, torch.tensor([[blocks - 1, 0]], device="cuda"))
     assert torch.equal(pool[0, -1].view(torch.int16), pool[blocks - 1, -1].view(torch.int16))

@@ -41,7 +41,7 @@ def test_taken_by_name_where_it_is_interpreted() -> None:
 def test_a_pool_with_gaps_is_refused_by_copy_blocks() -> None:
     pool = torch.zeros(4, 3, 8)[:, :2]
     with pytest.raises(ValueError, match="contiguous"):
-        TritonBackend().copy_blocks(pool, torch.tensor([[0, 1]]))
+        TritonBackend().copy_blocks(pool, pool, torch.tensor([[0, 1]]))
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 4, 6, 8], ids="bytes-{}".format)
@@ -50,7 +50,7 @@ def test_blocks_of_any_size_are_copied(words: int) -> None:
     pool = torch.randint(0, 256, (6, words), dtype=torch.uint8, generator=generator)
     expected = pool.clone()
     expected[[4, 0]] = pool[[1, 5]]
-    TritonBackend().copy_blocks(pool, torch.tensor([[1, 4], [5, 0]]))
+    TritonBackend().copy_blocks(pool, pool, torch.tensor([[1, 4], [5, 0]]))
     assert torch.equal(pool, expected)
 
 
@@ -70,7 +70,7 @@ def test_operations_pass_torchs_own_checks() -> None:
     maxima = (batch.max_query_len, batch.max_seq_len)
     for operation, arguments in (
         (library.write_kv, (key, key + 1, kv.key, kv.value, None, None, slots)),
-        (library.copy_blocks, (given.pool, torch.tensor([[1, 2]]))),
+        (library.copy_blocks, (given.pool, given.pool.clone(), torch.tensor([[1, 2]]))),
         (library.merge, ([key, key + 1], [torch.randn(3, 2), torch.randn(3, 2)])),
         (
             library.attention,
@@ -105,7 +105,7 @@ def test_a_compiled_step_has_no_graph_breaks_and_the_same_results() -> None:
         backend.write_kv(key, key * 2, kv, given.batch.slot_mapping)
         lse = torch.empty(query.shape[:2])
         out = backend.attention(query, kv, given.batch, given.params, lse=lse)
-        backend.copy_blocks(pool, torch.tensor([[1, 0]]))
+        backend.copy_blocks(pool, pool, torch.tensor([[1, 0]]))
         return backend.merge([out, out + 1], [lse, lse])
 
     pools = [torch.stack((given.kv.key, given.kv.value), 1) for _ in range(2)]
