@@ -224,7 +224,8 @@ def _quantises_not_finite(case: Case, backend: Backend, device: str, generator: 
     """Rows with one element that is no number, or nothing else, are NaN throughout, and their neighbours untouched."""
     problem = build(case, generator, device)
     rows = torch.randn(12, case.kv_heads, case.head_dim, generator=generator)
-    for row, (found, where) in enumerate(itertools.product((torch.nan, torch.inf, -torch.inf), (0, -1, slice(None)))):
+    places = (slice(1), slice(-1, None), slice(None))
+    for row, (found, where) in enumerate(itertools.product((torch.nan, torch.inf, -torch.inf), places)):
         rows[row, row % case.kv_heads, where] = found
     finite = rows.isfinite().all(-1)
     slots = torch.randperm(len(problem.pool) * case.block_size, generator=generator)[: len(rows)]

@@ -15,14 +15,10 @@ __global__ void __launch_bounds__(THREADS)
     copy_blocks(const __grid_constant__ pagemgr_copy_blocks_args args, unsigned parts) {
     const int64_t pair = blockIdx.x / parts, part = blockIdx.x % parts;
     const int64_t from = args.pairs[2 * pair], to = args.pairs[2 * pair + 1];
-<<<<<<< HEAD
-    if (from < 0 || from >= args.num_blocks || to < 0 || to >= args.num_blocks) {
+    if (from < 0 || from >= args.num_source_blocks || to < 0 || to >= args.num_target_blocks) {
         if (part == 0 && threadIdx.x == 0) report(args.run, PAGEMGR_BAD_BLOCK);
         return;
     }
-=======
-    if (from < 0 || from >= args.num_source_blocks || to < 0 || to >= args.num_target_blocks) return;
->>>>>>> 3f396cfabac2237a7da9cee2f4040ec5e746638b
     const Vector *source =
         reinterpret_cast<const Vector *>(static_cast<const char *>(args.source) + from * args.source_stride_bytes);
     Vector *target = reinterpret_cast<Vector *>(static_cast<char *>(args.target) + to * args.target_stride_bytes);
