@@ -12,20 +12,24 @@ from .device import on
 from .launch import Launcher, form
 
 CHUNK_BYTES = 16384
-"""What a CTA copies."""
+"""What a CTA copies at a time."""
+
+BUS_CTAS = 32
+"""Enough to use all of the bus to the host's memory: the other multiprocessors are left to whoever computes."""
 
 
-@triton.jit(do_not_specialize_on_alignment=["pairs"])
-def copy_kernel(source, target, pairs, words, chunks, CHUNK: tl.constexpr):
-    """One chunk of one pair.
+@triton.jit(do_not_specialize=["tasks"], do_not_specialize_on_alignment=["pairs"])
+def copy_kernel(source, target, pairs, words, chunks, tasks, CHUNK: tl.constexpr):
+    """One chunk of one pair after the other.
 
-    source, target  words [blocks, words]        pairs  int64 [n, 2]: from, to
+    source, target  words [blocks, words]        pairs  int64 [n, 2]: from, to        tasks  n * chunks
     """
-    pair = tl.program_id(0) // chunks
-    word = (tl.program_id(0) % chunks) * CHUNK + tl.arange(0, CHUNK)
-    block, to = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
-    content = tl.load(source + block * words + word, mask=word < words)
-    tl.store(target + to * words + word, content, mask=word < words)
+    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+        pair = task // chunks
+        word = (task % chunks) * CHUNK + tl.arange(0, CHUNK)
+        block, to = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
+        content = tl.load(source + block * words + word, mask=word < words)
+        tl.store(target + to * words + word, content, mask=word < words)
 
 
 _copy = Launcher(copy_kernel)
@@ -41,11 +45,12 @@ def copy_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor)
     source, target = _words(source), _words(target)
     words, chunk = source.shape[1], CHUNK_BYTES // source.element_size()
     chunks = -(-words // chunk)
+    tasks = pairs.shape[0] * chunks
     with on(pairs.device):
         _copy(
-            (pairs.shape[0] * chunks, 1, 1),
+            (tasks if source.device == target.device else min(tasks, BUS_CTAS), 1, 1),
             form(source, target, depends=(pairs.device, words, chunk)),
-            source, target, pairs.contiguous(), words, chunks, chunk,
+            source, target, pairs.contiguous(), words, chunks, tasks, chunk,
         )  # fmt: skip
 
 
