@@ -6,9 +6,10 @@
 // The grid is fixed and each CTA finds its share from the lengths on the device, so that a captured graph serves every
 // batch within its maxima (equal shares: Osama et al., Stream-K, 2023).
 //
-// A unit within one share is finished there. Of a cut one each CTA leaves its part in the workspace and raises a flag;
-// whoever then sees all flags of the unit up combines the parts. Flags are up when they hold the call's own number, so
-// that the workspace needs no preparation; the combiner takes them down for the next replay of a graph.
+// A unit within one share is finished there. Of a cut one each CTA leaves its part in the workspace and counts itself;
+// the last one combines the parts. Counts start at the call's own number, so that the workspace needs no preparation:
+// whoever has a part starts the count before it computes, unless that was done; the last one resets it for the next
+// replay of a graph.
 //
 // Within a CTA, one warp loads tiles of 128 tokens into a ring of stages, across the borders of units; eight compute.
 // For the logits each takes 16 of the tokens, for the values slices of 16 dims, and in between the logits pass through
@@ -190,18 +191,39 @@ __device__ __forceinline__ void finish(const Problem &problem, const Cursor<tile
     });
 }
 
+// One that is to be combined with others.
 template <typename T, typename S, int DIM>
-__device__ __forceinline__ void leave(const Workspace &workspace, int slot, int rows, const Part<T, S, DIM> &part) {
+__device__ __forceinline__ void leave(float2 *sums, float *outs, int rows, const Part<T, S, DIM> &part) {
     const int lane = threadIdx.x % 32;
     if (threadIdx.x < 32 && lane % 4 == 0) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-            workspace.sums[slot * ROWS + lane / 4 + 8 * r] = make_float2(part.largest[r], part.sum[r]);
+        for (int r = 0; r < 2; ++r) sums[lane / 4 + 8 * r] = make_float2(part.largest[r], part.sum[r]);
     }
     part.for_each([&](int row, int, int column, float2 pair) {
-        if (row >= rows) return;
-        *reinterpret_cast<float2 *>(&workspace.outs[(static_cast<int64_t>(slot) * ROWS + row) * DIM + column]) = pair;
+        if (row < rows) *reinterpret_cast<float2 *>(&outs[row * DIM + column]) = pair;
     });
+}
+
+// Adds tiles `done` to `stop` of the share, which are all of the unit at hand.
+template <typename T, typename S, int DIM>
+__device__ __forceinline__ Part<T, S, DIM> add_tiles(const Problem &problem, Shared<T, S, DIM> &shared,
+                                                     Cursor<tile_tokens(DIM)> &at, int rows, int &done, int stop,
+                                                     Turn &turn) {
+    const Queries<T, S, DIM> queries(problem, at, shared);
+    Part<T, S, DIM> part;
+    for (; done < stop; ++done, ++at.tile, turn.advance(problem.stages)) {
+        const int stage = turn.stage, buffer = done % 2;
+        wait_at(shared_address(&shared.full[stage]), turn.parity);
+        if (rows <= 8) queries.template score<1>(problem, at.first_token(), shared, stage, buffer);
+        else queries.template score<2>(problem, at.first_token(), shared, stage, buffer);
+        meet<READERS>();
+        if (rows <= 8) part.template add<1>(shared, stage, buffer);
+        else part.template add<2>(shared, stage, buffer);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive_at(shared_address(&shared.empty[stage]));
+    }
+    part.close();
+    return part;
 }
 
 // The warps that compute.
@@ -209,47 +231,38 @@ template <typename T, typename S, int DIM>
 __device__ __forceinline__ void read_all(const Problem &problem, Shared<T, S, DIM> &shared,
                                          Cursor<tile_tokens(DIM)> at, const Share &share) {
     const Workspace workspace(problem.args.workspace, gridDim.x);
+    if (threadIdx.x == 0 && share.count > 0) {
+        workspace.open(blockIdx.x, problem.number);
+        if (at.tile > 0) workspace.open((share.start - at.tile) / share.size, problem.number);
+    }
     Turn turn;
     for (int done = 0; done < share.count;) {
-        const Queries<T, S, DIM> queries(problem, at, shared);
         const int start = share.start + done - at.tile, stop = start + at.tiles;  // of the unit, among all tiles
         const int here = min(stop, share.start + share.count) - share.start;
         const int rows = min(ROWS, at.sequence.num_queries * problem.group - at.unit * ROWS);
-        Part<T, S, DIM> part;
-        for (; done < here; ++done, ++at.tile, turn.advance(problem.stages)) {
-            const int stage = turn.stage, buffer = done % 2;
-            wait_at(shared_address(&shared.full[stage]), turn.parity);
-            if (rows <= 8) queries.template score<1>(problem, at.first_token(), shared, stage, buffer);
-            else queries.template score<2>(problem, at.first_token(), shared, stage, buffer);
-            meet<READERS>();
-            if (rows <= 8) part.template add<1>(shared, stage, buffer);
-            else part.template add<2>(shared, stage, buffer);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive_at(shared_address(&shared.empty[stage]));
-        }
+        const Part<T, S, DIM> part = add_tiles(problem, shared, at, rows, done, here, turn);
         --at.tile;
-        part.close();
         if (start >= share.start && stop <= share.start + share.count) {
             finish(problem, at, part);
         } else {
             const int slot = 2 * blockIdx.x + (start >= share.start ? 1 : 0);
             const Parts parts{start / share.size, (stop - 1) / share.size};
-            leave(workspace, slot, rows, part);
-            if (arrive(workspace, problem.number, parts, slot))
+            leave(workspace.sums + slot * ROWS, workspace.outs + static_cast<int64_t>(slot) * ROWS * DIM, rows, part);
+            if (arrive(workspace, problem.number, parts))
                 combine<T, DIM>(problem, workspace, at.sequence, at.unit, at.kv_head, parts, &shared.scores[0][0][0]);
         }
         if (done < share.count) at.advance(problem);
     }
 }
 
-// The rows past the last sequence's, which pad a batch to a fixed size.
+// The rows past the last sequence's, which pad a batch to a fixed size. By a warp.
 template <typename T, int DIM> __device__ __forceinline__ void clear_padding(const Problem &problem) {
     const pagemgr_attention_args &args = problem.args;
     const int64_t first =
         min(max(int64_t{args.query_start[args.num_seqs]}, int64_t{0}), args.num_tokens) * args.num_q_heads;
     for (int64_t row = first + blockIdx.x; row < args.num_tokens * args.num_q_heads; row += gridDim.x) {
-        for (int i = threadIdx.x; i < DIM; i += THREADS) static_cast<T *>(args.out)[row * DIM + i] = from_float<T>(0);
-        if (args.lse && threadIdx.x == 0) args.lse[row] = -INFINITY;
+        for (int i = threadIdx.x % 32; i < DIM; i += 32) static_cast<T *>(args.out)[row * DIM + i] = from_float<T>(0);
+        if (args.lse && threadIdx.x % 32 == 0) args.lse[row] = -INFINITY;
     }
 }
 
@@ -263,14 +276,15 @@ __global__ void __launch_bounds__(THREADS, 1) split_kv_kernel(const __grid_const
         fence_async();
 #endif
     }
+    fetch_tables(problem);
     Cursor<tile_tokens(DIM)> cursor;
     const Share share = find_share(problem, cursor);  // synchronises the CTA
     if (threadIdx.x < READERS) {
         read_all(problem, shared, cursor, share);
     } else {
         Loader<T, S, DIM>{problem, shared, cursor}.run_all(share.count);
+        clear_padding<T, DIM>(problem);
     }
-    clear_padding<T, DIM>(problem);
 }
 
 }  // namespace
@@ -292,15 +306,16 @@ int plan_split_kv(Problem &problem) {
     }
     const Device *device;
     if (int status = find_device(args.run.device_index, &device)) return status;
+    problem.number = calls.fetch_add(1) * 0x9e3779b97f4a7c15;  // odd, so that no two calls have the same
     // A few less than there are multiprocessors, if then the heads of a uniform batch are cut alike, or not at all.
     const int even = device->num_sms - device->num_sms % args.kv.num_kv_heads;
     problem.ctas = 16 * even >= 15 * device->num_sms ? even : device->num_sms;
     problem.stages = with_stored(args.kv, [&](auto type, auto stored, auto dim) {
-        using Memory = Shared<decltype(type), decltype(stored), dim.value>;
+        using S = decltype(stored);
+        using Memory = Shared<decltype(type), S, dim.value>;
         const int left = device->max_shared_bytes - STATIC_BYTES - Memory::bytes(1);
-        return std::min(1 + left / static_cast<int>(sizeof(typename Memory::Stage)), most_stages<decltype(stored)>(dim.value));
+        return std::min(1 + left / static_cast<int>(sizeof(typename Memory::Stage)), most_stages<S>(dim.value));
     });
-    problem.number = calls.fetch_add(1) * 0x9e3779b97f4a7c15;  // odd, so that no two calls have the same
     return PAGEMGR_OK;
 }
 
@@ -310,9 +325,9 @@ int split_kv(const Problem &problem) {
     return with_stored(problem.args.kv, [&](auto type, auto stored, auto dim) {
         using T = decltype(type);
         using S = decltype(stored);
-        constexpr int DIM = dim.value;
-        const Grid grid{dim3(problem.ctas), THREADS, Shared<T, S, DIM>::bytes(problem.stages)};
-        return launch<split_kv_kernel<T, S, DIM>>(problem.args.run, grid, problem);
+        const int shared_bytes = Shared<T, S, dim.value>::bytes(problem.stages);
+        const Grid grid{dim3(problem.ctas), THREADS, shared_bytes};
+        return launch<split_kv_kernel<T, S, dim.value>>(problem.args.run, grid, problem);
     });
 }
 
