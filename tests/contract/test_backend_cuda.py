@@ -57,6 +57,7 @@ def random_case(seed: int) -> Case:
         sinks=source.random() < 0.2,
         with_lse=True,
         poison=source.choice((torch.nan, torch.inf)),
+        kv_dtype=source.choice((None, torch.float8_e4m3fn)),
     )
 
 
