@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from . import device
 
@@ -72,9 +73,19 @@ def narrow(rows):
 
 
 @triton.jit
-def load_scales(pointers, held, MASKED: tl.constexpr):
-    """``[TILE]``, 0 where not held."""
-    if MASKED:
-        return tl.load(pointers, mask=held, other=0.0)
+def load_scales(keys, values, where, held, MASKED: tl.constexpr):
+    """What ``keys`` and ``values`` point to at ``where`` ``[TILE]``, each ``[TILE]``, 0 where not held.
+
+    Triton gives every warp all of what has fewer elements than there are threads, loads and addresses included: hence
+    one load for both, doubled where that is not enough.
+    """
+    TILE: tl.constexpr = where.shape[0]
+    pointers = tl.where(tl.arange(0, 2) == 0, keys, values)[None, :] + where[:, None]
+    mask = tl.broadcast_to(held[:, None], [TILE, 2]) if MASKED else None
+    if not INTERPRETED and cuda.num_threads() > 2 * TILE:
+        pointers = tl.broadcast_to(pointers[:, :, None], [TILE, 2, 2])
+        mask = tl.broadcast_to(mask[:, :, None], [TILE, 2, 2]) if MASKED else None
+        scales, _ = tl.split(tl.load(pointers, mask=mask, other=0.0 if MASKED else None))
     else:
-        return tl.load(pointers)
+        scales = tl.load(pointers, mask=mask, other=0.0 if MASKED else None)
+    return tl.split(scales)
