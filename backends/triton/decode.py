@@ -24,8 +24,9 @@ from triton.language.extra import cuda
 from pagemgr.backends.interface import AttentionParams, KVLayer
 from pagemgr.batch import PagedBatch
 
-from .device import chains, multiprocessors, on
-from .launch import Launcher, form, scale_strides
+from .call import Tensors, form_of, numbers_of, taking
+from .device import chains, multiprocessors
+from .launch import Launch, Launcher
 from .quantised import narrow
 from .sizes import DecodeSizes, decode_sizes, power_of_two
 from .tile import add_sink, at_head, block_ids, load_rows, no_sums, normalise, store_nothing, store_rows, walk
@@ -133,8 +134,8 @@ def _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token, 
                                             "key_scale", "value_scale"],
             )  # fmt: skip
 def decode_kernel(
-    query, key, value, key_scale, value_scale,
-    block_table, seq_lens, query_start, out, lse, scratch, slopes, sinks, scale, softcap, window,
+    query, out, key, value, lse, key_scale, value_scale, scratch,
+    block_table, seq_lens, query_start, slopes, sinks, scale, softcap, window,
     num_seqs, kv_heads, group, most_new, stride_query_token, stride_query_head, stride_block, stride_kv_head,
     stride_token, stride_scale, stride_scale_head, stride_table,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -196,7 +197,7 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["ctas", "num_seqs", "num_tokens", "most_new"],
             do_not_specialize_on_alignment=["query_start", "sinks", "lse"])  # fmt: skip
 def join_kernel(
-    scratch, query_start, sinks, out, lse, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
+    out, lse, scratch, query_start, sinks, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one sequence under one query head; the program past the last fills the rows past the batch.
@@ -249,7 +250,8 @@ def _join_row(part_out, part_lse, sinks, out, lse, part, shares, row, head, toke
     store_rows(out, lse, values, bits, token, 1, head, 1, heads, 1, DIM, PADDED_DIM)
 
 
-_decode, _join = Launcher(decode_kernel), Launcher(join_kernel)
+_decode, _decode_takes = Launcher(decode_kernel), taking(*Tensors._fields)
+_join, _join_takes = Launcher(join_kernel), taking("out", "lse", "scratch")
 
 
 def count_shares(slots: int, kv_heads: int, most_tiles: int) -> int:
@@ -290,17 +292,12 @@ def _shares(
 
 
 def decode(
-    query: torch.Tensor,
-    kv: KVLayer,
-    batch: PagedBatch,
-    params: AttentionParams,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    most_new: int,
-) -> None:
-    """Attend the sequences of 1 to ``most_new`` new tokens, and fill the rows past the batch.
+    query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams, with_lse: bool, most_new: int
+) -> tuple[list[Launch], int]:
+    """What attends the sequences of 1 to ``most_new`` new tokens, and fills the rows past the batch.
 
-    Other arguments as in ``Backend.attention``, checked.
+    Arguments as in ``Backend.attention``, checked. Returns launches over ``Tensors``, and how many words of float32
+    their scratch memory has.
     """
     num_tokens, heads, dim = query.shape
     _, kv_heads, block_size, _ = kv.key.shape
@@ -308,28 +305,23 @@ def decode(
     share = _shares(device, query.dtype, kv.key.dtype, dim, kv_heads, group, most_new, num_seqs, batch.max_seq_len)
     sizes, padded_dim, ctas, chained = share.sizes, share.padded_dim, share.ctas, share.chained
     causal = params.causal and most_new > 1  # one new token is the last, and sees all there are
-    scratch = torch.empty(share.scratch_words, dtype=torch.float32, device=device)
     seqs = 32 if num_seqs <= 32 else 256
-    strides = (*query.stride()[:2], *kv.key.stride()[:3], *scale_strides(kv))
-    features = tuple(x is None for x in (lse, params.alibi_slopes, params.sinks, params.softcap, params.window))
-    depends = (kv.key.dtype, kv_heads, group, *strides, block_size, dim, sizes, seqs, causal, features)
-    key = form(query, kv.key, kv.value, out, depends=depends)
-    with on(device):
-        if num_seqs:
-            _decode(
-                (ctas, 1, 1), key,
-                query, kv.key, kv.value, kv.key_scale, kv.value_scale,
-                batch.block_table, batch.seq_lens, batch.query_start, out, lse, scratch,
-                params.alibi_slopes, params.sinks,
-                dim**-0.5 if params.scale is None else float(params.scale),
-                params.softcap and float(params.softcap), params.window,
-                num_seqs, kv_heads, group, most_new, *strides, batch.block_table.stride(0),
-                block_size, dim, padded_dim, sizes.rows, sizes.tile, seqs, causal, chained,
-                num_warps=sizes.warps, num_stages=sizes.stages,
-            )  # fmt: skip
-        _join(
-            (num_seqs + 1, heads, 1), key,
-            scratch, batch.query_start, params.sinks, out, lse, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
+    key, strides = form_of(query, kv, params, with_lse, sizes, seqs, causal)
+    attend = Launch(
+        _decode, (ctas, 1, 1), key, _decode_takes,
+        (
+            batch.block_table, batch.seq_lens, batch.query_start, params.alibi_slopes, params.sinks,
+            *numbers_of(params, dim), num_seqs, kv_heads, group, most_new, *strides, batch.block_table.stride(0),
+            block_size, dim, padded_dim, sizes.rows, sizes.tile, seqs, causal, chained,
+        ),
+        {"num_warps": sizes.warps, "num_stages": sizes.stages},
+    )  # fmt: skip
+    join = Launch(
+        _join, (num_seqs + 1, heads, 1), key, _join_takes,
+        (
+            batch.query_start, params.sinks, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
             dim, padded_dim, sizes.rows, chained,
-            num_warps=2, **({"launch_pdl": True} if chained else {}),
-        )  # fmt: skip
+        ),
+        {"num_warps": 2} | ({"launch_pdl": True} if chained else {}),
+    )  # fmt: skip
+    return [attend, join] if num_seqs else [join], share.scratch_words
