@@ -11,11 +11,10 @@ from pagemgr.batch import PagedBatch
 
 from .call import Tensors
 from .decode import decode
+from .device import multiprocessors
 from .launch import Launch, launch_all
 from .prefill import prefill
-
-DECODED_ROWS = 64
-"""Query rows (new tokens times query heads per K/V head) up to which a sequence is decoded."""
+from .sizes import DECODED_ROWS, pays_to_cut, power_of_two, prefill_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +46,22 @@ def prepare(query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: Attenti
     """
     if query.shape[0] == 0:
         return Prepared(batch, params, [], 0)
-    group = query.shape[1] // kv.key.shape[1]
-    if batch.max_query_len * group <= max(DECODED_ROWS, group):
+    group, alike = query.shape[1] // kv.key.shape[1], query.shape[0] == batch.num_seqs * batch.max_query_len
+    if batch.max_query_len * group <= max(DECODED_ROWS, group) or (alike and _leaves_room(query, kv, batch)):
         launches, words = decode(query, kv, batch, params, with_lse, most_new=max(batch.max_query_len, 1))
-    elif query.shape[0] == batch.num_seqs * batch.max_query_len:  # all alike, so none is short
+    elif alike:  # so that none is short
         launches, words = [prefill(query, kv, batch, params, with_lse, least_new=1)], 0
     else:
         most_new = max(16 // group, 1)
         launches, words = decode(query, kv, batch, params, with_lse, most_new)
         launches.append(prefill(query, kv, batch, params, with_lse, least_new=most_new + 1))
     return Prepared(batch, params, launches, words)
+
+
+def _leaves_room(query: torch.Tensor, kv: KVLayer, batch: PagedBatch) -> bool:
+    """Whether ``prefill`` would leave multiprocessors idle that could walk a part of the keys."""
+    _, heads, dim = query.shape
+    kv_heads = kv.key.shape[1]
+    sizes = prefill_sizes(query.dtype, power_of_two(dim))
+    items = batch.num_seqs * kv_heads * -(-batch.max_query_len // (sizes.rows * kv_heads // heads))
+    return pays_to_cut(items, -(-batch.max_seq_len // sizes.tile), multiprocessors(query.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,7 @@ class Launch:
     """Which of a call's tensors are the kernel's first arguments."""
     rest: tuple[object, ...]
     """Its other arguments."""
-    options: dict[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     _plain_rest: tuple[object, ...] = ()
     _compiled: Any = None
 

@@ -79,13 +79,11 @@ def load_scales(keys, values, where, held, MASKED: tl.constexpr):
     Triton gives every warp all of what has fewer elements than there are threads, loads and addresses included: hence
     one load for both, doubled where that is not enough.
     """
-    TILE: tl.constexpr = where.shape[0]
-    pointers = tl.where(tl.arange(0, 2) == 0, keys, values)[None, :] + where[:, None]
-    mask = tl.broadcast_to(held[:, None], [TILE, 2]) if MASKED else None
-    if not INTERPRETED and cuda.num_threads() > 2 * TILE:
-        pointers = tl.broadcast_to(pointers[:, :, None], [TILE, 2, 2])
-        mask = tl.broadcast_to(mask[:, :, None], [TILE, 2, 2]) if MASKED else None
-        scales, _ = tl.split(tl.load(pointers, mask=mask, other=0.0 if MASKED else None))
-    else:
-        scales = tl.load(pointers, mask=mask, other=0.0 if MASKED else None)
+    TWICE: tl.constexpr = not INTERPRETED and cuda.num_threads() > 2 * where.shape[0]
+    pointers, held = tl.where(tl.arange(0, 2) == 0, keys, values)[None, :] + where[:, None], held[:, None]
+    if TWICE:
+        pointers, held = tl.broadcast_to(pointers[:, :, None], [where.shape[0], 2, 2]), held[:, :, None]
+    scales = tl.load(pointers, mask=held, other=0.0) if MASKED else tl.load(pointers)
+    if TWICE:
+        scales, _ = tl.split(scales)
     return tl.split(scales)
