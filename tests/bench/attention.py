@@ -134,7 +134,8 @@ class Bench:
         heads = query.view(shape.batch, shape.new, -1, shape.head_dim).transpose(1, 2).contiguous()
         causal, grouped = shape.new > 1, shape.group > 1
         calls[SDPA] = lambda: F.scaled_dot_product_attention(heads, key, value, is_causal=causal, enable_gqa=grouped)
-        flat = [part.view(-1).view(torch.float32) for part in (key, value)]
+        # A copy, so that no K and V are read twice in a turn: they would stay in a large cache, and the others leave it.
+        flat = [part.clone().view(-1).view(torch.float32) for part in (key, value)]
         calls[READ] = lambda: flat[0].dot(flat[0]) + flat[1].dot(flat[1])
         expected = calls[REFERENCE]().double()
         errors = {name: float((calls[name]().double() - expected).abs().max()) for name in self.backends}
