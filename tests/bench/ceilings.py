@@ -16,8 +16,8 @@ READ_BYTES = 2 << 30
 
 
 def reading(problem: Problem) -> Callable[[], object]:
-    """A call that reads K and V once, contiguous, on a CPU; from its caches where they fit."""
-    key, value = (part.flatten().view(torch.float32) for part in (problem.key, problem.value))
+    """A call that reads K and V once, contiguous, on a CPU: a copy, as what a peer has just read lies in the caches."""
+    key, value = (part.flatten().clone().view(torch.float32) for part in (problem.key, problem.value))
     return lambda: key.dot(key) + value.dot(value)
 
 
