@@ -74,8 +74,8 @@ def _prepare_long(
     given = batch
     if wide is not None:
         kv, batch = wide.kv, replace(batch, block_table=wide.table)
-    key_tiles = -(-batch.max_seq_len // sizes.tile)
-    if pays_to_cut(query_tiles * kv_heads, key_tiles, multiprocessors(query.device)):
+    seen = batch.max_seq_len if params.window is None else min(batch.max_seq_len, params.window + batch.max_query_len)
+    if pays_to_cut(query_tiles * kv_heads, -(-seen // sizes.tile), multiprocessors(query.device)):
         launches, words = decode(query, kv, batch, params, with_lse, most_new=batch.max_query_len)
     else:
         launches, words = [prefill(query, kv, batch, params, with_lse, least_new=1)], 0
