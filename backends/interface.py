@@ -39,7 +39,7 @@ class Feature(StrEnum):
     lse = "lse"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class KVLayer:
     """One layer of the pool: ``key`` and ``value``, each ``[num_blocks, num_kv_heads, block_size, head_dim]``.
 

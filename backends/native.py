@@ -6,6 +6,7 @@ NativeBackend       any library, by its path: what ``backend = "/path/to/libmine
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ _POINTERS = {
 _KEPT = 64
 """Filled calls that are remembered; a step has as many as its model has kinds of layers, and as many again."""
 
+_LAYERS_KEPT = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
@@ -42,7 +45,7 @@ class _Prepared:
 
     names: tuple[object, ...]
     args: Any
-    words: Any
+    words: memoryview
     """The same memory in words of 64 bits."""
     places: tuple[int, ...]
     """Of the pointers that a call sets, among those words."""
@@ -52,7 +55,8 @@ class _Prepared:
         """Where what this call reads and writes is."""
         words = self.words
         for place, tensor in zip(self.places, tensors, strict=True):
-            words[place] = 0 if tensor is None else tensor.data_ptr()
+            if tensor is not None:  # else it was missing when the call was filled, and is null there
+                words[place] = tensor.data_ptr()
 
 
 class ErrorWords:
@@ -117,6 +121,9 @@ class NativeBackend:
             for function, names in _POINTERS.items()
         }
         self._ready: dict[tuple[object, ...], _Prepared] = {}  # a call takes its own out, so that no two threads use it
+        self._layers: dict[int, tuple[weakref.ref[KVLayer], int]] = {}
+        self._kinds: dict[tuple[object, ...], int] = {}
+        self._workspaces: dict[tuple[int, int], torch.Tensor] = {}
         self._errors: ErrorWords | None = None
         if not self.library.on_host:
             memory = torch.zeros(torch.cuda.device_count(), dtype=torch.int32, pin_memory=True)
@@ -133,7 +140,8 @@ class NativeBackend:
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer, slot_mapping: torch.Tensor) -> None:
         """See ``Backend.write_kv``."""
         tensors = (key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
-        call = ("write_kv", torch.get_num_threads(), _stream(key.device), *map(facts_of, tensors))
+        new = facts_of(key), facts_of(value), facts_of(slot_mapping)
+        call = (self._kind(kv), torch.get_num_threads(), _stream(key.device), new)
         ready = self._ready.pop(call, None)
         if ready is None:
             check_write(self, key, value, kv, slot_mapping)
@@ -152,17 +160,18 @@ class NativeBackend:
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
-        tensors = (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)
         device = query.device
-        call = (id(batch), id(params), torch.get_num_threads(), _stream(device), *map(facts_of, tensors))
+        stream, given = _stream(device), (facts_of(query), facts_of(out), facts_of(lse))
+        call = (id(batch), id(params), self._kind(kv), torch.get_num_threads(), stream, given)
         ready = self._ready.pop(call, None)
         if ready is None:
             check_attention(self, query, kv, batch, params, out, lse)
             args = self._attention_args(query, kv, batch, params)
             ready = self._prepare("attention", args, (batch, params), args.workspace_bytes)
-        out = torch.empty(query.shape, dtype=query.dtype, device=device) if out is None else out
-        workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=device)
-        ready.point_to(*tensors[:5], out, lse, workspace)
+        if out is None:
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        workspace = self._workspace(ready.workspace_bytes, device, stream)
+        ready.point_to(query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse, workspace)
         self._call("attention", ready.args)
         self._keep(call, ready)
         return out
@@ -209,13 +218,33 @@ class NativeBackend:
             self._errors.check()
 
     def _prepare(self, function: str, args: Any, names: tuple[object, ...] = (), workspace_bytes: int = 0) -> _Prepared:
-        words = self.library.ffi.cast("int64_t *", args)
+        words = memoryview(self.library.ffi.buffer(args)).cast("q")
         return _Prepared(names, args, words, self._places[function], workspace_bytes)
 
     def _keep(self, call: tuple[object, ...], ready: _Prepared) -> None:
         if len(self._ready) >= _KEPT:
             self._ready.clear()
         self._ready[call] = ready
+
+    def _kind(self, kv: KVLayer) -> int:
+        """A number that layers share which differ in nothing but where they are."""
+        known = self._layers.get(id(kv))
+        if known is None or known[0]() is not kv:
+            facts = tuple(map(facts_of, (kv.key, kv.value, kv.key_scale, kv.value_scale)))
+            known = weakref.ref(kv), self._kinds.setdefault(facts, len(self._kinds))
+            if len(self._layers) >= _LAYERS_KEPT:
+                self._layers.clear()
+            self._layers[id(kv)] = known
+        return known[1]
+
+    def _workspace(self, size: int, device: torch.device, stream: int) -> torch.Tensor:
+        """Calls on one stream follow one another, and so share it; but a graph may be replayed beside any of them."""
+        if self.library.on_host or torch.cuda.is_current_stream_capturing():
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        kept = self._workspaces.get((device.index, stream))
+        if kept is None or kept.numel() < size:
+            self._workspaces[device.index, stream] = kept = torch.empty(size, dtype=torch.uint8, device=device)
+        return kept
 
     def _write_args(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer) -> Any:
         """All but the pointers."""

@@ -20,7 +20,7 @@ import torch
 
 from pagemgr.backends import Backend, create
 from pagemgr.cli.output import print_table
-from pagemgr.layout import BlockLayout
+from pagemgr.layout import BlockLayout, DType
 from pagemgr.routes import Pairs, Routes, copy_by_kernel, fastest
 
 MOVED = 256 << 20
@@ -122,7 +122,7 @@ def main(backends: tuple[str, ...], json_path: Path | None) -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {MOVED >> 20} MiB in scattered blocks")
     tiers, records = Tiers(), []
     for name in backends:
-        backend = create(name, BlockLayout(num_layers=1, num_kv_heads=8, head_dim=128, block_size=16), 4, "cuda")
+        backend = create(name, BlockLayout(1, 8, 128, 16, DType.bfloat16), 4, "cuda")
         for block_bytes in SIZES:
             made = time.perf_counter()
             routes = Routes(*tiers.cut(block_bytes), backend)

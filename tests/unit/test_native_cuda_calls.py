@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -107,6 +109,19 @@ def test_threads_share_no_struct(backend: CudaBackend) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_no_pool_is_kept_by_what_is_remembered(backend: CudaBackend) -> None:
+    """Layers are known by their address, which the next layer may have: each is looked at, and none held."""
+    for seed in range(6):
+        given = problem(30 + seed)
+        if seed % 2:
+            given = replace(given, pool=torch.stack((given.pool, given.pool), 1)[:, 0])
+        expect(backend, given)
+        pool = weakref.ref(given.pool)
+        del given
+        gc.collect()
+        assert pool() is None
 
 
 def test_what_is_remembered_is_bounded(backend: CudaBackend) -> None:
