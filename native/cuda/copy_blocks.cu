@@ -2,7 +2,7 @@
 //
 // A CTA copies one part of one block; its threads read all that they copy before they write any of it. Within the
 // device there are more CTAs than fit at once, since multiprocessors differ in speed. Over the bus a few, which take one
-// part after the other, are as fast as the bus, and leave the others to whoever computes.
+// part after the other, are as fast as the bus; each one more only slows down whoever computes.
 #include <algorithm>
 
 #include "library.cuh"
@@ -11,10 +11,10 @@ namespace pagemgr {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int VECTORS = 4;  // for each thread: 16 KiB a CTA
-constexpr int64_t BUS_CTAS = 32;
+constexpr int POOL_VECTORS = 4, BUS_VECTORS = 8;  // for each thread: 16 KiB a CTA, over the bus 32 KiB
+constexpr int64_t BUS_BYTES = 128 * 1024;         // under way
 
-template <typename Vector>
+template <typename Vector, int VECTORS>
 __device__ __forceinline__ void copy_part(const pagemgr_copy_blocks_args &args, int64_t pair, int64_t part) {
     const int64_t from = args.pairs[2 * pair], to = args.pairs[2 * pair + 1];
     if (from < 0 || from >= args.num_source_blocks || to < 0 || to >= args.num_target_blocks) {
@@ -37,18 +37,24 @@ __device__ __forceinline__ void copy_part(const pagemgr_copy_blocks_args &args, 
     }
 }
 
-template <typename Vector>
+template <typename Vector, int VECTORS>
 __global__ void __launch_bounds__(THREADS)
     copy_blocks(const __grid_constant__ pagemgr_copy_blocks_args args, int64_t parts) {
     for (int64_t task = blockIdx.x; task < parts * args.num_pairs; task += gridDim.x)
-        copy_part<Vector>(args, task / parts, task % parts);
+        copy_part<Vector, VECTORS>(args, task / parts, task % parts);
+}
+
+template <typename Vector, int VECTORS> int launch_parts(const pagemgr_copy_blocks_args &args, int64_t under_way) {
+    constexpr int64_t PART_BYTES = sizeof(Vector) * THREADS * VECTORS;
+    const int64_t parts = (args.block_bytes + PART_BYTES - 1) / PART_BYTES, tasks = parts * args.num_pairs;
+    const int64_t ctas = std::min({tasks, under_way / std::min(args.block_bytes, PART_BYTES), int64_t{INT32_MAX}});
+    return launch<copy_blocks<Vector, VECTORS>>(args.run, Grid{dim3(static_cast<unsigned>(ctas)), THREADS}, args,
+                                                parts);
 }
 
 template <typename Vector> int launch_copy(const pagemgr_copy_blocks_args &args, bool over_bus) {
-    constexpr int64_t PART_BYTES = sizeof(Vector) * THREADS * VECTORS;
-    const int64_t parts = (args.block_bytes + PART_BYTES - 1) / PART_BYTES;
-    const int64_t ctas = std::min(parts * args.num_pairs, over_bus ? BUS_CTAS : int64_t{INT32_MAX});
-    return launch<copy_blocks<Vector>>(args.run, Grid{dim3(static_cast<unsigned>(ctas)), THREADS}, args, parts);
+    return over_bus ? launch_parts<Vector, BUS_VECTORS>(args, BUS_BYTES)
+                    : launch_parts<Vector, POOL_VECTORS>(args, INT64_MAX);
 }
 
 // Whether this is the host's memory, which has to be pinned.

@@ -138,7 +138,7 @@ def test_a_gpu_has_measured_routes_and_null_blocks_of_zeros(caplog: pytest.LogCa
         "in": {"runs", "batch", "kernel"},
         "out": {"runs", "batch", "kernel"},
     }
-    assert caplog.text.count("scattered blocks of 24 KiB move") == 2
+    assert caplog.text.count("scattered blocks of 48 KiB move") == 2
     assert not any(tier[0].any() for tier in storage.tiers.values())
     contents = torch.randint(256, storage.tiers["device"].shape).to(torch.uint8)
     storage.tiers["device"].copy_(contents)
