@@ -44,7 +44,8 @@ class Launcher:
         """
         compiled = self.compiled(key)
         if compiled is not None:
-            _run(compiled, grid, _stream(driver.active.get_current_device()), map(_plain, args))
+            stream = _stream(driver.active.get_current_device())
+            compiled.run(*grid, stream, *_handles(compiled), *map(_plain, args))
         else:
             self.compile(grid, key, *args, **options)
 
@@ -74,20 +75,25 @@ class Launch:
     """Its other arguments."""
     options: Mapping[str, object] = field(default_factory=dict)
     _plain_rest: tuple[object, ...] = ()
-    _compiled: Any = None
+    _run: Callable[..., None] | None = None
+    """Takes a grid, a stream, then handles and the kernel's arguments; None before the form is compiled."""
+    _handles: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
         self._plain_rest = tuple(map(_plain, self.rest))
-        self._compiled = self.launcher.compiled(self.key)
+        self._bind(self.launcher.compiled(self.key))
+
+    def _bind(self, compiled: Any) -> None:
+        if compiled is not None:
+            self._run, self._handles = compiled.run, _handles(compiled)
 
     def __call__(self, tensors: Sequence[object], addresses: Sequence[object], aligned: bool, stream: Any) -> None:
         """Launch with these tensors, which are at these addresses."""
-        if aligned and self._compiled is not None:
-            _run(self._compiled, self.grid, stream, (*self.takes(addresses), *self._plain_rest))
+        if aligned and self._run is not None:
+            self._run(*self.grid, stream, *self._handles, *self.takes(addresses), *self._plain_rest)
         else:
             key = self.key if aligned else None  # Triton has to see which one is not
-            compiled = self.launcher.compile(self.grid, key, *self.takes(tensors), *self.rest, **self.options)
-            self._compiled = compiled or self._compiled
+            self._bind(self.launcher.compile(self.grid, key, *self.takes(tensors), *self.rest, **self.options))
 
 
 def launch_all(launches: Sequence[Launch], tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
@@ -123,5 +129,5 @@ def _stream(device: int | None) -> Any:
     return driver.active.get_current_stream(device)
 
 
-def _run(compiled: Any, grid: tuple[int, int, int], stream: Any, args: Any) -> None:
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+def _handles(compiled: Any) -> tuple[object, ...]:
+    return (compiled.function, compiled.packed_metadata, None, None, None)

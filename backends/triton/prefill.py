@@ -146,7 +146,7 @@ def prefill(
     num_tokens, heads, dim = query.shape
     _, kv_heads, block_size, _ = kv.key.shape
     padded_dim, group = power_of_two(dim), heads // kv_heads
-    sizes = prefill_sizes(query.dtype, padded_dim)
+    sizes = prefill_sizes(query.dtype, padded_dim, quantised=kv.key_scale is not None)
     tokens = 1 << ((sizes.rows // group).bit_length() - 1)
     key, strides = form_of(query, kv, params, with_lse, sizes, params.causal)
     return Launch(

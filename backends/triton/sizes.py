@@ -80,10 +80,12 @@ def _tile(stage_bytes: int, token_bytes: int) -> int:
 
 
 @functools.cache
-def prefill_sizes(dtype: torch.dtype, padded_dim: int) -> PrefillSizes:
-    """For any number of new tokens."""
+def prefill_sizes(dtype: torch.dtype, padded_dim: int, quantised: bool = False) -> PrefillSizes:
+    """For any number of new tokens. What every tile of queries widens for itself is ``quantised``."""
     if dtype is torch.float32:
         return PrefillSizes(rows=32, tile=32 if padded_dim <= 128 else 16, warps=4, stages=2)
+    if quantised and padded_dim == 128:  # two CTAs a multiprocessor: one multiplies while the other widens
+        return PrefillSizes(rows=64, tile=64, warps=4, stages=3)
     if padded_dim <= 64:
         return PrefillSizes(rows=128, tile=64, warps=4, stages=3)
     return PrefillSizes(rows=128, tile=64 if padded_dim <= 128 else 32, warps=8, stages=3)

@@ -98,7 +98,7 @@ def widening(
     None if it would not pay: for few tiles, for float32, whose products take longest, and where memory is short.
     """
     _, kv_heads, block_size, dim = kv.key.shape
-    width = -(-batch.max_seq_len // BLOCK)
+    width = -(-max(batch.max_seq_len, 1) // BLOCK)
     shape = (batch.num_seqs * width, kv_heads, BLOCK, dim)
     key, value = (torch.empty(shape, dtype=query.dtype, device="meta") for _ in range(2))
     if kv.key_scale is None or query.dtype is torch.float32:

@@ -88,11 +88,12 @@ def test_decode(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, group: int,
         (torch.bfloat16, torch.bfloat16, 128),
         (torch.bfloat16, torch.bfloat16, 256),
         (torch.float32, torch.float32, 256),
+        (torch.bfloat16, torch.float8_e4m3fn, 128),
         (torch.bfloat16, torch.float8_e4m3fn, 256),
     ],
 )
 def test_prefill(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int) -> None:
-    sizes = prefill_sizes(dtype, dim)
+    sizes = prefill_sizes(dtype, dim, quantised=kv_dtype is not dtype)
     constants = {"BLOCK_SIZE": 16, "DIM": dim, "PADDED_DIM": dim, "CAUSAL": True}
     constants |= {"ROWS": sizes.rows, "TOKENS": sizes.rows // 4, "TILE": sizes.tile}
     assert shared_bytes(prefill_kernel, dtype, kv_dtype, constants, sizes.warps, sizes.stages) <= SHARED_BYTES_OF_A_CTA
