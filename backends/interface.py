@@ -217,9 +217,11 @@ class Backend(Protocol):
         Rows past ``query_start[-1]``, which pad a batch to a fixed size, receive 0 and -inf.
         """
 
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
-        """Copy whole blocks within one tier: ``pool`` ``[num_blocks, ...]``, ``pairs`` int64 ``[n, 2]`` (from, to).
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
+        """Copy whole blocks: ``pairs`` int64 ``[n, 2]`` (from, to), of ``source`` and ``target`` ``[num_blocks, ...]``.
 
+        The two are one tier, or two tiers whose blocks are alike. If one of those is on a GPU, so are the pairs, and
+        the other may be in pinned host memory, which kernels read and write over the bus.
         No block is written twice, and none is both read and written.
         """
 

@@ -166,8 +166,7 @@ def walk(query, power, block, acc, top, total, key, value, key_scale, value_scal
         key_scales = None
         value_scales = None
         if key_scale is not None:
-            key_scales = load_scales(key_scale + scale_where, held, MASKED)
-            value_scales = load_scales(value_scale + scale_where, held, MASKED)
+            key_scales, value_scales = load_scales(key_scale, value_scale, scale_where, held, MASKED)
         weights, kept, top, total = fold(query, power, keys, key_scales, value_scales, top, total, place, held,
                                          position, slope, scale, softcap, window, CAUSAL, MASKED)  # fmt: skip
         if PAIRED:

@@ -27,6 +27,10 @@ struct Problem {
     // Of split_kv, set by plan_split_kv:
     uint64_t number;  // of the call
     int ctas, stages;
+
+    // Of prefill_wgmma: its part of the workspace, in which split_kv sets so many counters at the front to 0.
+    void *prefill_workspace;
+    int num_counters;
 };
 
 // One sequence, as the kernels see it: lengths are clamped, so that no table entry past max_seq_len is read.
@@ -105,11 +109,17 @@ struct Row {
     }
 };
 
-// Element offset of a token's row in key and value. A block id that does not exist is replaced by one that does.
-__device__ __forceinline__ int64_t kv_offset(const Problem &problem, int block, int token, int kv_head) {
+// A block id from a table that is to be read; if there is no such block it is reported, and block 0 is read instead.
+__device__ __forceinline__ int64_t existing(const Problem &problem, int block) {
+    if (block >= 0 && block < problem.args.kv.num_blocks) return block;
+    report(problem.args.run, PAGEMGR_BAD_BLOCK);
+    return 0;
+}
+
+// Element offset of a token's row in key and value.
+__device__ __forceinline__ int64_t kv_offset(const Problem &problem, int64_t block, int token, int kv_head) {
     const pagemgr_kv &kv = problem.args.kv;
-    const int64_t id = min(static_cast<unsigned>(block), static_cast<unsigned>(kv.num_blocks - 1));
-    return id * kv.block_stride + kv_head * kv.head_stride + (token & (kv.block_size - 1)) * kv.token_stride;
+    return block * kv.block_stride + kv_head * kv.head_stride + (token & (kv.block_size - 1)) * kv.token_stride;
 }
 
 // Rows of queries into shared memory, [count][stride], zeros past the sequence's last row.
@@ -143,7 +153,14 @@ int split_kv(const Problem &problem);
 int prefill(const Problem &problem);
 
 // prefill_wgmma.cu: the same, faster, on compute capability 9.0. `done` is false if something there does not fit.
+int plan_prefill_wgmma(Problem &problem, int64_t *workspace_bytes);
 int prefill_wgmma(const Problem &problem, bool *done);
+
+// Where the scale of a token's row lies among those of keys or values.
+__device__ __forceinline__ int64_t scale_offset(const Problem &problem, int64_t block, int token, int kv_head) {
+    const pagemgr_kv &kv = problem.args.kv;
+    return block * kv.scale_block_stride + kv_head * kv.scale_head_stride + (token & (kv.block_size - 1));
+}
 
 // Calls `act(T{}, std::integral_constant<int, head_dim>{})` for a dtype and head dim among those declared.
 template <typename Act> auto with_shape(const pagemgr_kv &kv, const Act &act) {
@@ -158,6 +175,13 @@ template <typename Act> auto with_shape(const pagemgr_kv &kv, const Act &act) {
         }
     };
     return kv.dtype == PAGEMGR_FLOAT16 ? with_dim(__half{}) : with_dim(__nv_bfloat16{});
+}
+
+// The same, with what the pool holds between the two: `act(T{}, S{}, …)`, S being T or E4m3.
+template <typename Act> auto with_stored(const pagemgr_kv &kv, const Act &act) {
+    return with_shape(kv, [&](auto type, auto dim) {
+        return kv.kv_dtype == PAGEMGR_KV_PLAIN ? act(type, type, dim) : act(type, E4m3{}, dim);
+    });
 }
 
 }  // namespace pagemgr

@@ -70,6 +70,11 @@ template <auto Kernel, typename... Args> int launch(const pagemgr_run &run, cons
     return check(error == cudaSuccess ? cudaGetLastError() : error, "launching a kernel");
 }
 
+// Ors a pagemgr_error into the call's error word, which may be the host's memory.
+__device__ __forceinline__ void report(const pagemgr_run &run, int32_t error) {
+    if (run.errors) atomicOr_system(run.errors, error);
+}
+
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 

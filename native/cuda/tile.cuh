@@ -69,6 +69,35 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
     }
 }
 
+// What a quantised pool holds: 8 bits, of which the arithmetic is done in the type of the queries.
+struct E4m3 {
+    uint8_t bits;
+};
+
+// Two of them, in the low half, as a pair of halves.
+__device__ __forceinline__ uint32_t widen_to_half(uint32_t two) {
+    uint32_t pair;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(two)));
+#else
+    const uint32_t bytes = __byte_perm(two, 0, 0x1404);  // sign and magnitude at the top of each half
+    const uint32_t bits = (bytes & 0x80008000) | (bytes & 0x7f007f00) >> 1;
+    const __half2 wide = __hmul2(reinterpret_cast<const __half2 &>(bits), __float2half2_rn(256));  // 2^(15 - 7)
+    pair = reinterpret_cast<const uint32_t &>(wide);
+#endif
+    return pair;
+}
+
+// Four of them as two pairs of T, exactly.
+template <typename T> __device__ __forceinline__ void widen(uint32_t four, uint32_t &low, uint32_t &high) {
+    low = widen_to_half(four & 0xffff), high = widen_to_half(four >> 16);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const float2 a = __half22float2(reinterpret_cast<const __half2 &>(low));
+        const float2 b = __half22float2(reinterpret_cast<const __half2 &>(high));
+        low = pack<T>(a.x, a.y), high = pack<T>(b.x, b.y);
+    }
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

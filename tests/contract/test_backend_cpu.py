@@ -79,7 +79,7 @@ def test_ids_lengths_and_slots_out_of_range_are_errors_and_harm_nothing() -> Non
             backend.write_kv(torch.ones(1, 2, 64), torch.ones(1, 2, 64), kv, torch.tensor([slot]))
     for pair in ([1, count], [-1, 2]):
         with pytest.raises(InvalidInput, match="copy_blocks: a block id is not in the pool"):
-            backend.copy_blocks(given.pool, torch.tensor([pair]))
+            backend.copy_blocks(given.pool, given.pool, torch.tensor([pair]))
     assert torch.equal(given.pool, before)
     torch.testing.assert_close(
         backend.attention(given.query, kv, batch, given.params).double(), given.expected()[0], atol=5e-5, rtol=5e-5

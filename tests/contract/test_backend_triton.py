@@ -156,7 +156,7 @@ def test_blocks_beyond_two_to_the_31_elements() -> None:
     batch = replace(problem.batch, block_table=problem.batch.block_table + shift)
     out = TritonBackend().attention(problem.query, KVLayer(pool[:, 0], pool[:, 1]), batch, problem.params)
     torch.testing.assert_close(out.cpu().double(), problem.expected()[0], atol=2e-2, rtol=2e-2)
-    TritonBackend().copy_blocks(pool, torch.tensor([[len(pool) - 1, 3], [len(pool) - 2, 2]], device="cuda"))
+    TritonBackend().copy_blocks(pool, pool, torch.tensor([[len(pool) - 1, 3], [len(pool) - 2, 2]], device="cuda"))
     assert torch.equal(pool[[3, 2]].view(torch.int16), pool[[-1, -2]].view(torch.int16))
 
 
@@ -193,7 +193,7 @@ def test_nothing_is_compiled_when_only_lengths_change(monkeypatch: pytest.Monkey
             backend.attention(query.half(), kv, batch, AttentionParams(window=50 + run))
             new = torch.zeros(len(query), 3, 32, dtype=torch.float16, device="cuda")
             backend.write_kv(new, new, kv, batch.slot_mapping)
-            backend.copy_blocks(kv.key, torch.arange(2, device="cuda").view(1, 2))
+            backend.copy_blocks(kv.key, kv.key, torch.arange(2, device="cuda").view(1, 2))
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[-1] == counts[0], compiled[counts[0] :]
@@ -228,7 +228,7 @@ def test_operations_pass_torchs_own_checks() -> None:
     half, out = query.half(), torch.empty_like(query, dtype=torch.float16)
     for operation, arguments in (
         (library.write_kv, (new, new + 1, kv.key, kv.value, None, None, torch.tensor([3, -1], device="cuda"))),
-        (library.copy_blocks, (kv.key, torch.tensor([[1, 2]], device="cuda"))),
+        (library.copy_blocks, (kv.key, kv.key.clone(), torch.tensor([[1, 2]], device="cuda"))),
         (library.merge, ([half, half + 1], [lse, lse + 1])),
         (
             library.attention,
