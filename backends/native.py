@@ -6,6 +6,8 @@ NativeBackend       any library, by its path: what ``backend = "/path/to/libmine
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +25,29 @@ from .library import NativeLibrary
 
 _INT32_MAX = 2**31 - 1
 
+_LAYER = ("kv.key", "kv.value", "kv.key_scale", "kv.value_scale")
 _POINTERS = {
-    "write_kv": ("key", "value", "kv.key", "kv.value", "kv.key_scale", "kv.value_scale", "slot_mapping"),
-    "attention": ("query", "kv.key", "kv.value", "kv.key_scale", "kv.value_scale", "out", "lse", "workspace"),
+    "write_kv": (*_LAYER, "key", "value", "slot_mapping"),
+    "attention": (*_LAYER, "query", "out", "lse", "workspace"),
 }
 """Of a remembered call, those that each call sets anew."""
 
 _KEPT = 64
 """Filled calls that are remembered; a step has as many as its model has kinds of layers, and as many again."""
+
+_LAYERS_KEPT = 1024
+"""Layers that are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer of a pool, looked at once: it stays what and where it is."""
+
+    of: weakref.ref[KVLayer]
+    kind: object
+    """The same one for layers whose tensors have the same facts."""
+    pointers: tuple[int, ...]
+    """Those of ``_LAYER``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +63,27 @@ class _Prepared:
     """The same memory in words of 64 bits."""
     places: tuple[int, ...]
     """Of the pointers that a call sets, among those words."""
+    errors: Any
+    """The call's own error word, where it is done when it returns."""
     workspace_bytes: int = 0
 
-    def point_to(self, *tensors: torch.Tensor | None) -> None:
+    def point_to(self, *pointers: int) -> None:
         """Where what this call reads and writes is."""
         words = self.words
-        for place, tensor in zip(self.places, tensors, strict=True):
-            words[place] = 0 if tensor is None else tensor.data_ptr()
+        for place, pointer in zip(self.places, pointers, strict=True):
+            words[place] = pointer
+
+
+class _Workspace(threading.local):
+    """Of the calls of one thread that are done when they return: one after the other, they need but one."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> torch.Tensor:
+        """Memory of this size, or more."""
+        if self.memory.nbytes < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory
 
 
 class ErrorWords:
@@ -117,6 +148,9 @@ class NativeBackend:
             for function, names in _POINTERS.items()
         }
         self._ready: dict[tuple[object, ...], _Prepared] = {}  # a call takes its own out, so that no two threads use it
+        self._layers: dict[int, _Layer] = {}
+        self._kinds: dict[tuple[object, ...], object] = {}
+        self._workspace = _Workspace()
         self._errors: ErrorWords | None = None
         if not self.library.on_host:
             memory = torch.zeros(torch.cuda.device_count(), dtype=torch.int32, pin_memory=True)
@@ -132,14 +166,14 @@ class NativeBackend:
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer, slot_mapping: torch.Tensor) -> None:
         """See ``Backend.write_kv``."""
-        tensors = (key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
-        call = ("write_kv", torch.get_num_threads(), _stream(key.device), *map(facts_of, tensors))
+        layer, tensors = self._layer(kv), (key, value, slot_mapping)
+        call = ("write_kv", torch.get_num_threads(), _stream(key.device), layer.kind, *map(facts_of, tensors))
         ready = self._ready.pop(call, None)
         if ready is None:
             check_write(self, key, value, kv, slot_mapping)
             ready = self._prepare("write_kv", self._write_args(key, value, kv))
-        ready.point_to(*tensors)
-        self._call("write_kv", ready.args)
+        ready.point_to(*layer.pointers, key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr())
+        self._call("write_kv", ready)
         self._keep(call, ready)
 
     def attention(
@@ -152,18 +186,28 @@ class NativeBackend:
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
-        tensors = (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)
-        device = query.device
-        call = (id(batch), id(params), torch.get_num_threads(), _stream(device), *map(facts_of, tensors))
+        layer, device = self._layer(kv), query.device
+        call = (
+            id(batch),
+            id(params),
+            torch.get_num_threads(),
+            _stream(device),
+            layer.kind,
+            *map(facts_of, (query, out, lse)),
+        )
         ready = self._ready.pop(call, None)
         if ready is None:
             check_attention(self, query, kv, batch, params, out, lse)
             args = self._attention_args(query, kv, batch, params)
             ready = self._prepare("attention", args, (batch, params), args.workspace_bytes)
         out = torch.empty(query.shape, dtype=query.dtype, device=device) if out is None else out
-        workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=device)
-        ready.point_to(*tensors[:5], out, lse, workspace)
-        self._call("attention", ready.args)
+        if self.library.on_host:
+            workspace = self._workspace.of(ready.workspace_bytes)
+        else:
+            workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=device)
+        written = (out.data_ptr(), 0 if lse is None else lse.data_ptr(), workspace.data_ptr())
+        ready.point_to(*layer.pointers, query.data_ptr(), *written)
+        self._call("attention", ready)
         self._keep(call, ready)
         return out
 
@@ -181,7 +225,7 @@ class NativeBackend:
         args.num_source_blocks, args.num_target_blocks = source.shape[0], target.shape[0]
         args.source_stride_bytes, args.target_stride_bytes = (t.stride(0) * t.itemsize for t in (source, target))
         args.block_bytes, args.num_pairs = source[:1].nbytes, pairs.shape[0]
-        self._call("copy_blocks", args)
+        self._call("copy_blocks", self._prepare("copy_blocks", args))
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Backend.merge``."""
@@ -196,7 +240,7 @@ class NativeBackend:
         args.outs, args.lses, args.num_parts = out_pointers, lse_pointers, len(outs)
         args.out, args.lse = library.pointer(out), library.pointer(lse)
         args.num_rows, args.head_dim, args.dtype = lse.numel(), out.shape[2], self._dtype(out.dtype)
-        self._call("merge", args)
+        self._call("merge", self._prepare("merge", args))
         return out, lse
 
     def raise_for_errors(self) -> None:
@@ -209,13 +253,29 @@ class NativeBackend:
             self._errors.check()
 
     def _prepare(self, function: str, args: Any, names: tuple[object, ...] = (), workspace_bytes: int = 0) -> _Prepared:
-        words = self.library.ffi.cast("int64_t *", args)
-        return _Prepared(names, args, words, self._places[function], workspace_bytes)
+        ffi, errors = self.library.ffi, None
+        if self._errors is None:
+            args.run.errors = errors = ffi.new("int32_t *")
+        return _Prepared(
+            names, args, ffi.cast("int64_t *", args), self._places.get(function, ()), errors, workspace_bytes
+        )
 
     def _keep(self, call: tuple[object, ...], ready: _Prepared) -> None:
         if len(self._ready) >= _KEPT:
             self._ready.clear()
         self._ready[call] = ready
+
+    def _layer(self, kv: KVLayer) -> _Layer:
+        layer = self._layers.get(id(kv))
+        if layer is None or layer.of() is not kv:
+            tensors = (kv.key, kv.value, kv.key_scale, kv.value_scale)
+            if len(self._layers) >= _LAYERS_KEPT:
+                self._layers.clear()
+                self._kinds.clear()
+            kind = self._kinds.setdefault(tuple(map(facts_of, tensors)), object())
+            pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+            self._layers[id(kv)] = layer = _Layer(weakref.ref(kv), kind, pointers)
+        return layer
 
     def _write_args(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer) -> Any:
         """All but the pointers."""
@@ -250,16 +310,13 @@ class NativeBackend:
         args.workspace_bytes = size[0]
         return args
 
-    def _call(self, function: str, args: Any) -> None:
+    def _call(self, function: str, ready: _Prepared) -> None:
         """Call; raise ``InvalidInput`` for what was out of range: here, if that is known when the call returns."""
-        library = self.library
+        library, errors = self.library, ready.errors
         if self._errors is not None:
             self._errors.check()
-            library.call(function, args)
-            return
-        args.run.errors = errors = library.ffi.new("int32_t *")
-        library.call(function, args)
-        if errors[0]:
+        library.call(function, ready.args)
+        if errors is not None and errors[0]:
             raise InvalidInput(f"{function}: {library.describe(errors[0])}")
 
     def _set_run(self, run: Any, device: torch.device) -> None:
