@@ -67,12 +67,6 @@ class _Prepared:
     """The call's own error word, where it is done when it returns."""
     workspace_bytes: int = 0
 
-    def point_to(self, *pointers: int) -> None:
-        """Where what this call reads and writes is."""
-        words = self.words
-        for place, pointer in zip(self.places, pointers, strict=True):
-            words[place] = pointer
-
 
 class _Workspace(threading.local):
     """Of the calls of one thread that are done when they return: one after the other, they need but one."""
@@ -147,7 +141,7 @@ class NativeBackend:
             function: tuple(offset(f"pagemgr_{function}_args", *name.split(".")) // 8 for name in names)
             for function, names in _POINTERS.items()
         }
-        self._ready: dict[tuple[object, ...], _Prepared] = {}  # a call takes its own out, so that no two threads use it
+        self._ready: dict[tuple[object, ...], list[_Prepared]] = {}  # those that no thread is using
         self._layers: dict[int, _Layer] = {}
         self._kinds: dict[tuple[object, ...], object] = {}
         self._workspace = _Workspace()
@@ -166,15 +160,20 @@ class NativeBackend:
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer, slot_mapping: torch.Tensor) -> None:
         """See ``Backend.write_kv``."""
-        layer, tensors = self._layer(kv), (key, value, slot_mapping)
-        call = ("write_kv", torch.get_num_threads(), _stream(key.device), layer.kind, *map(facts_of, tensors))
-        ready = self._ready.pop(call, None)
-        if ready is None:
+        layer, facts = self._layer(kv), (facts_of(key), facts_of(value), facts_of(slot_mapping))
+        call = ("write_kv", torch.get_num_threads(), _stream(key.device), layer.kind, facts)
+        spare = self._spare(call)
+        try:
+            ready = spare.pop()
+        except IndexError:
             check_write(self, key, value, kv, slot_mapping)
             ready = self._prepare("write_kv", self._write_args(key, value, kv))
-        ready.point_to(*layer.pointers, key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr())
+        words, places = ready.words, ready.places
+        words[places[0]], words[places[1]], words[places[2]], words[places[3]] = layer.pointers
+        words[places[4]], words[places[5]] = key.data_ptr(), value.data_ptr()
+        words[places[6]] = slot_mapping.data_ptr()
         self._call("write_kv", ready)
-        self._keep(call, ready)
+        spare.append(ready)
 
     def attention(
         self,
@@ -187,16 +186,12 @@ class NativeBackend:
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
         layer, device = self._layer(kv), query.device
-        call = (
-            id(batch),
-            id(params),
-            torch.get_num_threads(),
-            _stream(device),
-            layer.kind,
-            *map(facts_of, (query, out, lse)),
-        )
-        ready = self._ready.pop(call, None)
-        if ready is None:
+        facts = (facts_of(query), facts_of(out), facts_of(lse))
+        call = (id(batch), id(params), torch.get_num_threads(), _stream(device), layer.kind, facts)
+        spare = self._spare(call)
+        try:
+            ready = spare.pop()
+        except IndexError:
             check_attention(self, query, kv, batch, params, out, lse)
             args = self._attention_args(query, kv, batch, params)
             ready = self._prepare("attention", args, (batch, params), args.workspace_bytes)
@@ -205,10 +200,13 @@ class NativeBackend:
             workspace = self._workspace.of(ready.workspace_bytes)
         else:
             workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=device)
-        written = (out.data_ptr(), 0 if lse is None else lse.data_ptr(), workspace.data_ptr())
-        ready.point_to(*layer.pointers, query.data_ptr(), *written)
+        words, places = ready.words, ready.places
+        words[places[0]], words[places[1]], words[places[2]], words[places[3]] = layer.pointers
+        words[places[4]], words[places[5]] = query.data_ptr(), out.data_ptr()
+        words[places[6]] = 0 if lse is None else lse.data_ptr()
+        words[places[7]] = workspace.data_ptr()
         self._call("attention", ready)
-        self._keep(call, ready)
+        spare.append(ready)
         return out
 
     def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
@@ -260,10 +258,14 @@ class NativeBackend:
             names, args, ffi.cast("int64_t *", args), self._places.get(function, ()), errors, workspace_bytes
         )
 
-    def _keep(self, call: tuple[object, ...], ready: _Prepared) -> None:
-        if len(self._ready) >= _KEPT:
-            self._ready.clear()
-        self._ready[call] = ready
+    def _spare(self, call: tuple[object, ...]) -> list[_Prepared]:
+        """Calls like this one that no thread is using."""
+        spare = self._ready.get(call)
+        if spare is None:
+            if len(self._ready) >= _KEPT:
+                self._ready.clear()
+            spare = self._ready.setdefault(call, [])
+        return spare
 
     def _layer(self, kv: KVLayer) -> _Layer:
         layer = self._layers.get(id(kv))
