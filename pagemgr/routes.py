@@ -121,8 +121,11 @@ class BatchCopy:
 
     @classmethod
     def find(cls) -> BatchCopy | None:
-        """None if the driver is too old."""
-        function = getattr(ctypes.CDLL("libcuda.so.1"), "cuMemcpyBatchAsync", None)
+        """None if the driver is too old, or not NVIDIA's."""
+        try:
+            function = getattr(ctypes.CDLL("libcuda.so.1"), "cuMemcpyBatchAsync", None)
+        except OSError:
+            return None
         return None if function is None else cls(function)
 
     def __call__(self, source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:

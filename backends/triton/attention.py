@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from .device import multiprocessors
 from .launch import Launch, launch_all
 from .prefill import prefill
 from .sizes import DECODED_ROWS, pays_to_cut, power_of_two, prefill_sizes
+from .widen import Widening, widening
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +28,18 @@ class Prepared:
     batch: PagedBatch
     params: AttentionParams
     launches: list[Launch]
-    scratch_words: int
+    scratch_words: int = 0
+    widening: Widening | None = None
 
     def __call__(self, query: torch.Tensor, kv: KVLayer, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Launch. Scratch memory is taken anew, so that it belongs to the graph that a launch is captured in."""
         scratch = None
         if self.scratch_words:
             scratch = torch.empty(self.scratch_words, dtype=torch.float32, device=query.device)
-        tensors = Tensors(query, out, kv.key, kv.value, lse, kv.key_scale, kv.value_scale, scratch)
+        table = self.batch.block_table
+        tensors = Tensors(query, out, kv.key, kv.value, lse, kv.key_scale, kv.value_scale, table, scratch)
+        if self.widening is not None:
+            tensors = self.widening(tensors)
         launch_all(self.launches, tensors, query.device)
 
 
@@ -45,23 +50,33 @@ def prepare(query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: Attenti
     device: a captured launch serves any batch within them.
     """
     if query.shape[0] == 0:
-        return Prepared(batch, params, [], 0)
-    group, alike = query.shape[1] // kv.key.shape[1], query.shape[0] == batch.num_seqs * batch.max_query_len
-    if batch.max_query_len * group <= max(DECODED_ROWS, group) or (alike and _leaves_room(query, kv, batch)):
+        return Prepared(batch, params, [])
+    group = query.shape[1] // kv.key.shape[1]
+    if batch.max_query_len * group <= max(DECODED_ROWS, group):
         launches, words = decode(query, kv, batch, params, with_lse, most_new=max(batch.max_query_len, 1))
-    elif alike:  # so that none is short
-        launches, words = [prefill(query, kv, batch, params, with_lse, least_new=1)], 0
-    else:
-        most_new = max(16 // group, 1)
-        launches, words = decode(query, kv, batch, params, with_lse, most_new)
-        launches.append(prefill(query, kv, batch, params, with_lse, least_new=most_new + 1))
+        return Prepared(batch, params, launches, words)
+    if query.shape[0] == batch.num_seqs * batch.max_query_len:  # all alike, so that none is short
+        return _prepare_long(query, kv, batch, params, with_lse)
+    most_new = max(16 // group, 1)
+    launches, words = decode(query, kv, batch, params, with_lse, most_new)
+    launches.append(prefill(query, kv, batch, params, with_lse, least_new=most_new + 1))
     return Prepared(batch, params, launches, words)
 
 
-def _leaves_room(query: torch.Tensor, kv: KVLayer, batch: PagedBatch) -> bool:
-    """Whether ``prefill`` would leave multiprocessors idle that could walk a part of the keys."""
+def _prepare_long(
+    query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams, with_lse: bool
+) -> Prepared:
     _, heads, dim = query.shape
     kv_heads = kv.key.shape[1]
     sizes = prefill_sizes(query.dtype, power_of_two(dim))
-    items = batch.num_seqs * kv_heads * -(-batch.max_query_len // (sizes.rows * kv_heads // heads))
-    return pays_to_cut(items, -(-batch.max_seq_len // sizes.tile), multiprocessors(query.device))
+    query_tiles = batch.num_seqs * -(-batch.max_query_len // (sizes.rows * kv_heads // heads))
+    wide = widening(query, kv, batch, params.window, query_tiles // batch.num_seqs)
+    given = batch
+    if wide is not None:
+        kv, batch = wide.kv, replace(batch, block_table=wide.table)
+    seen = batch.max_seq_len if params.window is None else min(batch.max_seq_len, params.window + batch.max_query_len)
+    if pays_to_cut(query_tiles * kv_heads, -(-seen // sizes.tile), multiprocessors(query.device)):
+        launches, words = decode(query, kv, batch, params, with_lse, most_new=batch.max_query_len)
+    else:
+        launches, words = [prefill(query, kv, batch, params, with_lse, least_new=1)], 0
+    return Prepared(given, params, launches, words, wide)

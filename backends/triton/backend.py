@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -50,14 +49,7 @@ def _capabilities() -> Capabilities:
 
 
 _KEPT = 64
-"""Prepared calls that are remembered; a step has as many as its model has kinds of layers."""
-
-
-def _keep(kept: dict[tuple[object, ...], Any], call: tuple[object, ...], prepared: Any) -> Any:
-    if len(kept) >= _KEPT:
-        kept.clear()
-    kept[call] = prepared
-    return prepared
+"""Batches of which a prepared call is remembered; a step has as many as its model has kinds of layers."""
 
 
 class TritonBackend:
@@ -80,8 +72,10 @@ class TritonBackend:
         return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, 8.0 is needed"
 
     def __init__(self) -> None:
-        self._attentions: dict[tuple[object, ...], Prepared] = {}
-        self._writes: dict[tuple[object, ...], list[Launch]] = {}
+        self._attentions: dict[tuple[int, int], tuple[object, Prepared]] = {}
+        """The last call for a batch and parameters: facts of its tensors, and what was prepared for them."""
+        self._write: tuple[object, list[Launch]] = ((), [])
+        """The last call of ``write_kv``, likewise."""
 
     def capabilities(self) -> Capabilities:
         """Every feature; head dims and group sizes as listed; any block size; float8_e4m3fn from 8.9 on."""
@@ -93,11 +87,12 @@ class TritonBackend:
             torch.ops.pagemgr.triton_write_kv(key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
         else:
             tensors = (key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
-            call = tuple(map(facts_of, tensors))
-            launches = self._writes.get(call)
-            if launches is None:
+            facts = tuple(map(facts_of, tensors))
+            known, launches = self._write
+            if known != facts:
                 check_write(self, key, value, kv, slot_mapping)
-                launches = _keep(self._writes, call, prepare_write(key, value, kv))
+                launches = prepare_write(key, value, kv)
+                self._write = (facts, launches)
             launch_all(launches, tensors, key.device)
 
     def attention(
@@ -119,12 +114,15 @@ class TritonBackend:
                 params.alibi_slopes, params.sinks, out, lse,
             )  # fmt: skip
             return out
-        tensors = (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)
-        call = (id(batch), id(params), *map(facts_of, tensors))
-        prepared = self._attentions.get(call)
-        if prepared is None:
+        facts = tuple(map(facts_of, (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)))
+        call = (id(batch), id(params))
+        known, prepared = self._attentions.get(call, (None, None))
+        if prepared is None or known != facts:
             check_attention(self, query, kv, batch, params, out, lse)
-            prepared = _keep(self._attentions, call, prepare(query, kv, batch, params, lse is not None))
+            prepared = prepare(query, kv, batch, params, lse is not None)
+            if len(self._attentions) >= _KEPT:
+                self._attentions.clear()
+            self._attentions[call] = (facts, prepared)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
         prepared(query, kv, out, lse)
         return out

@@ -23,6 +23,7 @@ class Tensors(NamedTuple):
     lse: torch.Tensor | None
     key_scale: torch.Tensor | None
     value_scale: torch.Tensor | None
+    block_table: torch.Tensor
     scratch: torch.Tensor | None
 
 

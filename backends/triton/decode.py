@@ -188,8 +188,8 @@ def _attend(
                                             "key_scale", "value_scale"],
             )  # fmt: skip
 def decode_kernel(
-    query, out, key, value, lse, key_scale, value_scale, scratch,
-    block_table, seq_lens, query_start, slopes, sinks, scale, softcap, window,
+    query, out, key, value, lse, key_scale, value_scale, block_table, scratch,
+    seq_lens, query_start, slopes, sinks, scale, softcap, window,
     num_seqs, kv_heads, group, most_new, stride_query_token, stride_query_head, stride_block, stride_kv_head,
     stride_token, stride_scale, stride_scale_head, stride_table,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -358,7 +358,7 @@ def decode(
     attend = Launch(
         _decode, (share.ctas, 1, 1), key, _decode_takes,
         (
-            batch.block_table, batch.seq_lens, batch.query_start, params.alibi_slopes, params.sinks,
+            batch.seq_lens, batch.query_start, params.alibi_slopes, params.sinks,
             *numbers_of(params, dim), num_seqs, kv_heads, group, most_new, *strides, batch.block_table.stride(0),
             block_size, dim, padded_dim, sizes.rows, sizes.tile, tokens, seqs, causal, chained,
         ),

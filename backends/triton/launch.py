@@ -44,7 +44,7 @@ class Launcher:
         """
         compiled = self.compiled(key)
         if compiled is not None:
-            _run(compiled, grid, _stream(), map(_plain, args))
+            _run(compiled, grid, _stream(driver.active.get_current_device()), map(_plain, args))
         else:
             self.compile(grid, key, *args, **options)
 
@@ -80,7 +80,7 @@ class Launch:
         self._plain_rest = tuple(map(_plain, self.rest))
         self._compiled = self.launcher.compiled(self.key)
 
-    def __call__(self, tensors: Sequence[object], addresses: Sequence[object], aligned: bool, stream: int) -> None:
+    def __call__(self, tensors: Sequence[object], addresses: Sequence[object], aligned: bool, stream: Any) -> None:
         """Launch with these tensors, which are at these addresses."""
         if aligned and self._compiled is not None:
             _run(self._compiled, self.grid, stream, (*self.takes(addresses), *self._plain_rest))
@@ -97,7 +97,7 @@ def launch_all(launches: Sequence[Launch], tensors: Sequence[torch.Tensor | None
     for address in addresses[:ALIGNED]:
         joined |= address or 0
     with on(device):
-        stream = 0 if INTERPRETED else _stream()
+        stream = 0 if INTERPRETED else _stream(device.index)
         for launch in launches:
             launch(tensors, addresses, joined % ALIGNMENT == 0, stream)
 
@@ -119,9 +119,9 @@ def _plain(arg: object) -> object:
     return arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
 
 
-def _stream() -> int:
-    return int(driver.active.get_current_stream(driver.active.get_current_device()))
+def _stream(device: int | None) -> Any:
+    return driver.active.get_current_stream(device)
 
 
-def _run(compiled: Any, grid: tuple[int, int, int], stream: int, args: Any) -> None:
+def _run(compiled: Any, grid: tuple[int, int, int], stream: Any, args: Any) -> None:
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)

@@ -94,8 +94,8 @@ def _attend(
                                             "key_scale", "value_scale"],
             )  # fmt: skip
 def prefill_kernel(
-    query, out, key, value, lse, key_scale, value_scale,
-    block_table, seq_lens, query_start, slopes, sinks, scale, softcap, window,
+    query, out, key, value, lse, key_scale, value_scale, block_table,
+    seq_lens, query_start, slopes, sinks, scale, softcap, window,
     num_seqs, num_tokens, kv_heads, group, least_new,
     stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_scale,
     stride_scale_head, stride_table,
@@ -133,7 +133,7 @@ def prefill_kernel(
 
 
 _prefill = Launcher(prefill_kernel)
-_prefill_takes = taking("query", "out", "key", "value", "lse", "key_scale", "value_scale")
+_prefill_takes = taking("query", "out", "key", "value", "lse", "key_scale", "value_scale", "block_table")
 
 
 def prefill(
@@ -152,7 +152,7 @@ def prefill(
     return Launch(
         _prefill, (num_tokens // tokens + batch.num_seqs + 1, kv_heads, 1), key, _prefill_takes,
         (
-            batch.block_table, batch.seq_lens, batch.query_start, params.alibi_slopes, params.sinks,
+            batch.seq_lens, batch.query_start, params.alibi_slopes, params.sinks,
             *numbers_of(params, dim), batch.num_seqs, num_tokens, kv_heads, group, least_new, *strides,
             batch.block_table.stride(0), block_size, dim, padded_dim, sizes.rows, tokens, sizes.tile, params.causal,
         ),

@@ -82,8 +82,8 @@ def load_scales(keys, values, where, held, MASKED: tl.constexpr):
     TWICE: tl.constexpr = not INTERPRETED and cuda.num_threads() > 2 * where.shape[0]
     pointers, held = tl.where(tl.arange(0, 2) == 0, keys, values)[None, :] + where[:, None], held[:, None]
     if TWICE:
-        pointers, held = tl.broadcast_to(pointers[:, :, None], [where.shape[0], 2, 2]), held[:, :, None]
+        pointers, held = tl.broadcast_to(pointers[None, :, :], [2, where.shape[0], 2]), held[None, :, :]
     scales = tl.load(pointers, mask=held, other=0.0) if MASKED else tl.load(pointers)
     if TWICE:
-        scales, _ = tl.split(scales)
+        scales, _ = tl.split(tl.trans(scales, 1, 2, 0))
     return tl.split(scales)

@@ -113,9 +113,9 @@ def fold(query, power, keys, key_scales, value_scales, top, total, place, held, 
     if value_scales is None:
         new_top = tl.maximum(top, tl.max(scores, 1) * bits)
     else:
-        # Their exponents; less than -100 would let the sum of weights overflow.
-        lift = tl.maximum((value_scales.to(tl.int32, bitcast=True) >> 23) - 127, -100).to(tl.float32)
-        new_top = tl.maximum(top, tl.max(scores * bits + lift[None, :], 1))
+        # With their exponents, of which 127 is 0; less than -100 would let the sum of weights overflow.
+        lift = tl.maximum(value_scales.to(tl.int32, bitcast=True) >> 23, 27).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(scores * bits + lift[None, :], 1) - 127.0)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
     weights = tl.exp2(scores * bits - shift[:, None])
     kept = tl.exp2(top - shift)

@@ -10,7 +10,7 @@ import torch
 from pagemgr.backends import AttentionParams, Capabilities, KVLayer, registry
 from pagemgr.backends.cases import attention_cases, base_case, build
 from pagemgr.backends.conformance import TOLERANCE, ConformanceSuite
-from pagemgr.backends.triton import attention, backend, library, sizes
+from pagemgr.backends.triton import attention, backend, library, sizes, widen
 from pagemgr.backends.triton.backend import TritonBackend
 from pagemgr.layout import BlockLayout, DType
 
@@ -128,6 +128,19 @@ def test_the_keys_of_few_long_queries_are_cut(
     expected = given.expected()
     torch.testing.assert_close(out.double(), expected[0], atol=TOLERANCE[torch.float16], rtol=TOLERANCE[torch.float16])
     torch.testing.assert_close(lse.double(), expected[1], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_long_queries_widen_quantised_keys_once(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widen, "LEAST_TILES", 2)
+    seqs = ((150, 100), (120, 100))
+    given = problem(dtype=torch.float16, kv_dtype=torch.int8, seqs=seqs, window=window)
+    prepared = attention.prepare(given.query, given.kv, given.batch, given.params, False)
+    assert prepared.widening is not None
+    out = TritonBackend().attention(given.query, given.kv, given.batch, given.params)
+    torch.testing.assert_close(
+        out.double(), given.expected()[0], atol=TOLERANCE[torch.float16], rtol=TOLERANCE[torch.float16]
+    )
 
 
 def test_the_layers_of_a_step_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
