@@ -44,7 +44,7 @@ class KVLayer:
     """One layer of the pool: ``key`` and ``value``, each ``[num_blocks, num_kv_heads, block_size, head_dim]``.
 
     Views with the strides of the block-major layout (see ``pagemgr.layout``): dim is contiguous, nothing else is
-    promised. Both have the same strides.
+    promised. Both have the same strides. A layer stays where it is: backends may remember its addresses.
 
     If they are of a type in ``LARGEST``, there are ``key_scale`` and ``value_scale``, float32 ``[num_blocks,
     num_kv_heads, block_size]`` with tokens contiguous and the same strides, and what is held is ``key * key_scale``;

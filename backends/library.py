@@ -44,7 +44,6 @@ _STRUCTS = {
     "PAGEMGR_STRUCT_MERGE": "pagemgr_merge_args",
 }
 FUNCTIONS = ("message", "get_capabilities", "attention_workspace", "write_kv", "attention", "copy_blocks", "merge")
-_SYMBOLS = {name: f"pagemgr_{name}" for name in FUNCTIONS}
 
 
 class NativeLibrary:
@@ -60,6 +59,7 @@ class NativeLibrary:
         self._void_pointer = self.ffi.typeof("void *")
         self.lib = self._open()
         self._compare()
+        self.functions = {name: getattr(self.lib, f"pagemgr_{name}") for name in FUNCTIONS}
         self.capabilities = self._read_capabilities()
         self.on_host = self.capabilities.devices == frozenset({"cpu"})
         """Whether a call is done when it returns."""
@@ -68,7 +68,7 @@ class NativeLibrary:
 
     def call(self, function: str, *args: Any) -> None:
         """Call ``pagemgr_<function>``. This is the one place where a status becomes an exception."""
-        status = getattr(self.lib, _SYMBOLS[function])(*args)
+        status = self.functions[function](*args)
         if status:
             raise self._error(function, status)
 

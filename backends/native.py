@@ -6,6 +6,7 @@ NativeBackend       any library, by its path: what ``backend = "/path/to/libmine
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from .library import NativeLibrary
 
 _INT32_MAX = 2**31 - 1
 
+_LAYER = ("kv.key", "kv.value", "kv.key_scale", "kv.value_scale")
 _POINTERS = {
-    "write_kv": ("key", "value", "kv.key", "kv.value", "kv.key_scale", "kv.value_scale", "slot_mapping"),
-    "attention": ("query", "kv.key", "kv.value", "kv.key_scale", "kv.value_scale", "out", "lse", "workspace"),
+    "write_kv": (*_LAYER, "key", "value", "slot_mapping"),
+    "attention": (*_LAYER, "query", "out", "lse", "workspace"),
 }
 """Of a remembered call, those that each call sets anew."""
 
@@ -34,6 +36,18 @@ _KEPT = 64
 """Filled calls that are remembered; a step has as many as its model has kinds of layers, and as many again."""
 
 _LAYERS_KEPT = 1024
+"""Layers that are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer of a pool, looked at once: it stays what and where it is."""
+
+    of: weakref.ref[KVLayer]
+    kind: object
+    """The same one for layers whose tensors have the same facts."""
+    pointers: tuple[int, ...]
+    """Those of ``_LAYER``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +59,30 @@ class _Prepared:
 
     names: tuple[object, ...]
     args: Any
-    words: memoryview
+    words: Any
     """The same memory in words of 64 bits."""
     places: tuple[int, ...]
     """Of the pointers that a call sets, among those words."""
+    errors: Any
+    """The call's own error word, where it is done when it returns."""
     workspace_bytes: int = 0
 
-    def point_to(self, *tensors: torch.Tensor | None) -> None:
-        """Where what this call reads and writes is."""
-        words = self.words
-        for place, tensor in zip(self.places, tensors, strict=True):
-            if tensor is not None:  # else it was missing when the call was filled, and is null there
-                words[place] = tensor.data_ptr()
+
+class _Workspaces(threading.local):
+    """Memory that calls share which follow one another: a thread's on the host, a thread's on one stream of a GPU."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int | None, int], torch.Tensor] = {}
+
+    def of(self, size: int, device: torch.device, stream: int) -> torch.Tensor:
+        """Memory of this size or more; of its own for a captured call, since a graph may be replayed beside others."""
+        index = device.index
+        if index is not None and torch.cuda.is_current_stream_capturing():
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        kept = self._kept.get((index, stream))
+        if kept is None or kept.nbytes < size:
+            self._kept[index, stream] = kept = torch.empty(size, dtype=torch.uint8, device=device)
+        return kept
 
 
 class ErrorWords:
@@ -120,10 +146,10 @@ class NativeBackend:
             function: tuple(offset(f"pagemgr_{function}_args", *name.split(".")) // 8 for name in names)
             for function, names in _POINTERS.items()
         }
-        self._ready: dict[tuple[object, ...], _Prepared] = {}  # a call takes its own out, so that no two threads use it
-        self._layers: dict[int, tuple[weakref.ref[KVLayer], int]] = {}
-        self._kinds: dict[tuple[object, ...], int] = {}
-        self._workspaces: dict[tuple[int, int], torch.Tensor] = {}
+        self._ready: dict[tuple[object, ...], list[_Prepared]] = {}  # those that no thread is using
+        self._layers: dict[int, _Layer] = {}
+        self._kinds: dict[tuple[object, ...], object] = {}
+        self._workspaces = _Workspaces()
         self._errors: ErrorWords | None = None
         if not self.library.on_host:
             memory = torch.zeros(torch.cuda.device_count(), dtype=torch.int32, pin_memory=True)
@@ -139,16 +165,20 @@ class NativeBackend:
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer, slot_mapping: torch.Tensor) -> None:
         """See ``Backend.write_kv``."""
-        tensors = (key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
-        new = facts_of(key), facts_of(value), facts_of(slot_mapping)
-        call = (self._kind(kv), torch.get_num_threads(), _stream(key.device), new)
-        ready = self._ready.pop(call, None)
-        if ready is None:
+        layer, facts = self._layer(kv), (facts_of(key), facts_of(value), facts_of(slot_mapping))
+        call = ("write_kv", torch.get_num_threads(), _stream(key.device), layer.kind, facts)
+        spare = self._spare(call)
+        try:
+            ready = spare.pop()
+        except IndexError:
             check_write(self, key, value, kv, slot_mapping)
             ready = self._prepare("write_kv", self._write_args(key, value, kv))
-        ready.point_to(*tensors)
-        self._call("write_kv", ready.args)
-        self._keep(call, ready)
+        words, places = ready.words, ready.places
+        words[places[0]], words[places[1]], words[places[2]], words[places[3]] = layer.pointers
+        words[places[4]], words[places[5]] = key.data_ptr(), value.data_ptr()
+        words[places[6]] = slot_mapping.data_ptr()
+        self._call("write_kv", ready)
+        spare.append(ready)
 
     def attention(
         self,
@@ -160,20 +190,26 @@ class NativeBackend:
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Backend.attention``."""
-        device = query.device
-        stream, given = _stream(device), (facts_of(query), facts_of(out), facts_of(lse))
-        call = (id(batch), id(params), self._kind(kv), torch.get_num_threads(), stream, given)
-        ready = self._ready.pop(call, None)
-        if ready is None:
+        layer, device = self._layer(kv), query.device
+        stream, facts = _stream(device), (facts_of(query), facts_of(out), facts_of(lse))
+        call = (id(batch), id(params), torch.get_num_threads(), stream, layer.kind, facts)
+        spare = self._spare(call)
+        try:
+            ready = spare.pop()
+        except IndexError:
             check_attention(self, query, kv, batch, params, out, lse)
             args = self._attention_args(query, kv, batch, params)
             ready = self._prepare("attention", args, (batch, params), args.workspace_bytes)
         if out is None:
             out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        workspace = self._workspace(ready.workspace_bytes, device, stream)
-        ready.point_to(query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse, workspace)
-        self._call("attention", ready.args)
-        self._keep(call, ready)
+        workspace = self._workspaces.of(ready.workspace_bytes, device, stream)
+        words, places = ready.words, ready.places
+        words[places[0]], words[places[1]], words[places[2]], words[places[3]] = layer.pointers
+        words[places[4]], words[places[5]] = query.data_ptr(), out.data_ptr()
+        words[places[6]] = 0 if lse is None else lse.data_ptr()
+        words[places[7]] = workspace.data_ptr()
+        self._call("attention", ready)
+        spare.append(ready)
         return out
 
     def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
@@ -190,7 +226,7 @@ class NativeBackend:
         args.num_source_blocks, args.num_target_blocks = source.shape[0], target.shape[0]
         args.source_stride_bytes, args.target_stride_bytes = (t.stride(0) * t.itemsize for t in (source, target))
         args.block_bytes, args.num_pairs = source[:1].nbytes, pairs.shape[0]
-        self._call("copy_blocks", args)
+        self._call("copy_blocks", self._prepare("copy_blocks", args))
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Backend.merge``."""
@@ -205,7 +241,7 @@ class NativeBackend:
         args.outs, args.lses, args.num_parts = out_pointers, lse_pointers, len(outs)
         args.out, args.lse = library.pointer(out), library.pointer(lse)
         args.num_rows, args.head_dim, args.dtype = lse.numel(), out.shape[2], self._dtype(out.dtype)
-        self._call("merge", args)
+        self._call("merge", self._prepare("merge", args))
         return out, lse
 
     def raise_for_errors(self) -> None:
@@ -218,33 +254,33 @@ class NativeBackend:
             self._errors.check()
 
     def _prepare(self, function: str, args: Any, names: tuple[object, ...] = (), workspace_bytes: int = 0) -> _Prepared:
-        words = memoryview(self.library.ffi.buffer(args)).cast("q")
-        return _Prepared(names, args, words, self._places[function], workspace_bytes)
+        ffi, errors = self.library.ffi, None
+        if self._errors is None:
+            args.run.errors = errors = ffi.new("int32_t *")
+        return _Prepared(
+            names, args, ffi.cast("int64_t *", args), self._places.get(function, ()), errors, workspace_bytes
+        )
 
-    def _keep(self, call: tuple[object, ...], ready: _Prepared) -> None:
-        if len(self._ready) >= _KEPT:
-            self._ready.clear()
-        self._ready[call] = ready
+    def _spare(self, call: tuple[object, ...]) -> list[_Prepared]:
+        """Calls like this one that no thread is using."""
+        spare = self._ready.get(call)
+        if spare is None:
+            if len(self._ready) >= _KEPT:
+                self._ready.clear()
+            spare = self._ready.setdefault(call, [])
+        return spare
 
-    def _kind(self, kv: KVLayer) -> int:
-        """A number that layers share which differ in nothing but where they are."""
-        known = self._layers.get(id(kv))
-        if known is None or known[0]() is not kv:
-            facts = tuple(map(facts_of, (kv.key, kv.value, kv.key_scale, kv.value_scale)))
-            known = weakref.ref(kv), self._kinds.setdefault(facts, len(self._kinds))
+    def _layer(self, kv: KVLayer) -> _Layer:
+        layer = self._layers.get(id(kv))
+        if layer is None or layer.of() is not kv:
+            tensors = (kv.key, kv.value, kv.key_scale, kv.value_scale)
             if len(self._layers) >= _LAYERS_KEPT:
                 self._layers.clear()
-            self._layers[id(kv)] = known
-        return known[1]
-
-    def _workspace(self, size: int, device: torch.device, stream: int) -> torch.Tensor:
-        """Calls on one stream follow one another, and so share it; but a graph may be replayed beside any of them."""
-        if self.library.on_host or torch.cuda.is_current_stream_capturing():
-            return torch.empty(size, dtype=torch.uint8, device=device)
-        kept = self._workspaces.get((device.index, stream))
-        if kept is None or kept.numel() < size:
-            self._workspaces[device.index, stream] = kept = torch.empty(size, dtype=torch.uint8, device=device)
-        return kept
+                self._kinds.clear()
+            kind = self._kinds.setdefault(tuple(map(facts_of, tensors)), object())
+            pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+            self._layers[id(kv)] = layer = _Layer(weakref.ref(kv), kind, pointers)
+        return layer
 
     def _write_args(self, key: torch.Tensor, value: torch.Tensor, kv: KVLayer) -> Any:
         """All but the pointers."""
@@ -279,16 +315,13 @@ class NativeBackend:
         args.workspace_bytes = size[0]
         return args
 
-    def _call(self, function: str, args: Any) -> None:
+    def _call(self, function: str, ready: _Prepared) -> None:
         """Call; raise ``InvalidInput`` for what was out of range: here, if that is known when the call returns."""
-        library = self.library
+        library, errors = self.library, ready.errors
         if self._errors is not None:
             self._errors.check()
-            library.call(function, args)
-            return
-        args.run.errors = errors = library.ffi.new("int32_t *")
-        library.call(function, args)
-        if errors[0]:
+        library.call(function, ready.args)
+        if errors is not None and errors[0]:
             raise InvalidInput(f"{function}: {library.describe(errors[0])}")
 
     def _set_run(self, run: Any, device: torch.device) -> None:

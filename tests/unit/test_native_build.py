@@ -155,9 +155,10 @@ def test_nvcc_comes_from_a_toolkit_or_from_its_wheel(tmp_path: Path, monkeypatch
 
 def test_the_command_prints_where_the_library_is(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cpu_recipe", lambda: tiny)
+    monkeypatch.setattr(module, "_find_nvcc", lambda: None)
     runner, cache = CliRunner(), tmp_path / "cache"
     flag = runner.invoke(main, ["build", "cpu", "--native.cache-dir", str(cache)])
-    assert flag.output.strip() == str(tiny.path(cache))
+    assert flag.stdout.strip() == str(tiny.path(cache))
     monkeypatch.setenv("PAGEMGR_NATIVE__CACHE_DIR", str(tmp_path / "other"))
     variable = runner.invoke(main, ["build"])
     assert str(tiny.path(tmp_path / "other")) in variable.output

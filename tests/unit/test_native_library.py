@@ -157,15 +157,7 @@ def test_a_status_becomes_an_exception(
     own: Path, status: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = NativeBackend.at(own)().library
-
-    class Failing:
-        """The library, but for one function."""
-
-        def __getattr__(self, name: str) -> object:
-            return (lambda args: status) if name == "pagemgr_merge" else getattr(real, name)
-
-    real = library.lib
-    monkeypatch.setattr(library, "lib", Failing())
+    monkeypatch.setitem(library.functions, "merge", lambda args: status)
     with pytest.raises(error):
         library.call("merge", None)
 

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kManyRows = 96;        // rows of a unit, where a sequence has as many
 constexpr int64_t kManyTileRows = 256;   // where matrix tiles multiply them, and packing K and V costs relatively more
-constexpr int64_t kFloatsTogether = 4096;  // queries and sums of heads that take turns, which the first cache holds
+constexpr int64_t kFloatsTogether = 8192;  // queries and sums of heads that take turns, which the first cache holds
 constexpr int64_t kShortestSplit = 256;  // keys
 constexpr int64_t kUnitsPerThread = 4;
 constexpr int64_t kTileFloats = 6 * kTile;  // offsets of two tiles, scales of one

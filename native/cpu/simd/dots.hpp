@@ -7,10 +7,10 @@
 namespace pagemgr::PAGEMGR_VARIANT {
 
 constexpr int kFewRows = 8;
-constexpr int kNear = 4;  // keys
 
 // Keys or values of one head, and those of the tile that comes after: blocks lie anywhere, so that the hardware's own
-// prefetching ends with each of them. The second cache holds a tile until its turn, the first one a few rows.
+// prefetching ends with each of them. The second cache holds a tile until its turn. A row's lines are asked for one by
+// one, as its predecessor's are read: many at once would hold up what is read.
 template <class T>
 struct Tile {
     const T *rows;
@@ -19,52 +19,50 @@ struct Tile {
     const int64_t *next_offsets;
 
     const T *row(int key) const { return rows + offsets[key]; }
-    void prefetch(int key, int count, int64_t first, int64_t elements) const {
-        const auto *near = reinterpret_cast<const char *>(row(smaller(key + kNear, count - 1)) + first);
-        const auto *far = reinterpret_cast<const char *>(next_rows + next_offsets[key] + first);
-        for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(T)); i += 64) {
-            __builtin_prefetch(near + i, 0, 3);
-            __builtin_prefetch(far + i, 0, 2);
-        }
-    }
+    const T *next(int key) const { return next_rows + next_offsets[key]; }
 };
+
+template <class T>
+inline void prefetch(const T *step) {
+    __builtin_prefetch(step, 0, 2);
+    if constexpr (kStep * sizeof(T) > 64) __builtin_prefetch(step + kStep / 2, 0, 2);
+}
 
 inline void add_products(Floats &total, Step a, Step b) {
     total += a.first * b.first;
     total += a.second * b.second;
 }
 
-// Scores of R rows: W sums at a time, of W / R keys and R rows each. Keys side by side share the loads of the rows,
-// which is worth it if those are many or elements have to be converted; keys in turn are read as they lie.
+// Scores of R rows: W sums at a time, of W / R keys and R rows each. Keys side by side share the loads of the rows; to
+// a single row that is worth less than keys in turn, which are read as they lie.
 template <int R, class T>
 void dot_rows(const Tile<T> &keys, int count, int64_t dim, const float *query, int64_t width, float *scores) {
     constexpr int K = W / R;
-    constexpr bool kInTurn = R == 1 || (R <= 4 && sizeof(T) == sizeof(float));
     for (int first = 0; first < count; first += K) {
-        const T *from[K];
+        const T *from[K], *next[K];
         PAGEMGR_UNROLL
         for (int k = 0; k < K; k++) {
             const int key = smaller(first + k, count - 1);  // past the end the last key again, which nobody reads
             from[k] = keys.row(key);
-            if constexpr (!kInTurn) keys.prefetch(key, count, 0, dim);
+            next[k] = keys.next(key);
         }
         Floats total[W] = {};
-        if constexpr (kInTurn) {
+        if constexpr (R == 1) {
             PAGEMGR_UNROLL
             for (int k = 0; k < K; k++) {
-                keys.prefetch(smaller(first + k, count - 1), count, 0, dim);
                 for (int64_t d = 0; d < dim; d += kStep) {
-                    const Step key = load_step(from[k] + d, dim - d);
-                    PAGEMGR_UNROLL
-                    for (int r = 0; r < R; r++)
-                        add_products(total[r * K + k], load_step(query + r * width + d), key);
+                    prefetch(next[k] + d);
+                    add_products(total[k], load_step(query + d), load_step(from[k] + d, dim - d));
                 }
             }
         } else {
             for (int64_t d = 0; d < dim; d += kStep) {
                 Step key[K];
                 PAGEMGR_UNROLL
-                for (int k = 0; k < K; k++) key[k] = load_step(from[k] + d, dim - d);
+                for (int k = 0; k < K; k++) {
+                    prefetch(next[k] + d);
+                    key[k] = load_step(from[k] + d, dim - d);
+                }
                 PAGEMGR_UNROLL
                 for (int r = 0; r < R; r++) {
                     const Step x = load_step(query + r * width + d);
@@ -90,11 +88,13 @@ void add_values(const Tile<T> &values, int count, int64_t dim, const float *weig
         for (int s = 0; s < S; s++) total[r][s] = load_step(sums + r * width + d + s * kStep);
     }
     for (int key = 0; key < count; key++) {
-        const T *from = values.row(key) + d;
-        values.prefetch(key, count, d, S * kStep);
+        const T *from = values.row(key) + d, *next = values.next(key) + d;
         Step value[S];
         PAGEMGR_UNROLL
-        for (int s = 0; s < S; s++) value[s] = load_step(from + s * kStep, dim - d - s * kStep);
+        for (int s = 0; s < S; s++) {
+            prefetch(next + s * kStep);
+            value[s] = load_step(from + s * kStep, dim - d - s * kStep);
+        }
         PAGEMGR_UNROLL
         for (int r = 0; r < R; r++) {
             const float weight = weights[r * kTile + key];
