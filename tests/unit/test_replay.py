@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from pagemgr.cli.main import main
 from pagemgr.errors import InternalError, InvalidInput
 from pagemgr.replay import replay
-from pagemgr.storage import Storage
+from pagemgr.routes import Routes
 from pagemgr.traces import TokenSource, read_trace
 
 
@@ -92,13 +92,13 @@ def test_with_data_compares_every_token_on_both_sides_of_a_move(tmp_path: Path) 
 
 def test_with_data_notices_wrong_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = read_trace(write(tmp_path / "t.jsonl", mooncake([4], 512)))
-    move = Storage._move
+    move = Routes.move
 
-    def corrupting(self: Storage, source: torch.Tensor, target: torch.Tensor, pairs: np.ndarray) -> None:
+    def corrupting(self: Routes, source: torch.Tensor, target: torch.Tensor, pairs: np.ndarray) -> None:
         move(self, source, target, pairs)
         target[pairs[-1, 1]] += 1
 
-    monkeypatch.setattr(Storage, "_move", corrupting)
+    monkeypatch.setattr(Routes, "move", corrupting)
     with pytest.raises(InternalError, match="does not hold in host what was written"):
         replay(requests, usable_blocks=40, block_size=32, with_data=True)
 

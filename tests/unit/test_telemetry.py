@@ -9,6 +9,7 @@ import pytest
 import pagemgr
 from pagemgr.errors import OutOfBlocks, SequenceTooLong, TransferFailed
 from pagemgr.integrations.telemetry import observe
+from pagemgr.routes import Routes
 from tests.serving import make_cache, run
 
 trace = pytest.importorskip("opentelemetry.sdk.trace", reason="needs the OpenTelemetry SDK: pip install 'pagemgr[dev]'")
@@ -84,7 +85,7 @@ def test_a_failed_swap_is_told_and_changes_nothing(
     def broken(*_: object) -> None:
         raise RuntimeError("the bus is on fire")
 
-    monkeypatch.setattr(type(cache.storage), "_move", broken)
+    monkeypatch.setattr(Routes, "move", broken)
     with pytest.raises(TransferFailed):
         cache.swap_out([sequence])
     assert [told(span)["error"] for span in spans] == ["RuntimeError", "TransferFailed"]
