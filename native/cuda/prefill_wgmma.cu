@@ -4,9 +4,9 @@
 //   warpgroup 1       │    S0 │ S1 O0 ┊ softmax 1 │ S2 O1 ┊ softmax 2 │ …
 //   warpgroup 2       │          S0 │ softmax 0 ┊ S1 O0 │ softmax 1 ┊ …
 //
-// A CTA stays on its multiprocessor and takes tiles of 128 rows. While a warpgroup weighs the logits of one tile of
-// keys, the tensor cores multiply values of the tile before, and the products of the other warpgroup: the two take turns
-// to issue theirs. Pages need no gathering by threads: each box of a tensor map is the part of one block, and lands
+// A CTA stays on its multiprocessor and takes units of 64 rows for each warpgroup. While a warpgroup weighs the logits
+// of one tile of keys, the tensor cores multiply values of the tile before, and the products of the other warpgroups:
+// they take turns to issue theirs. Pages need no gathering by threads: each box of a tensor map is the part of one block, and lands
 // swizzled where wgmma wants it.
 //
 // The copy engine reads whole blocks, slots without a token included. What stands there makes no difference to logits,
@@ -24,13 +24,13 @@ using namespace hopper;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Names of barriers: for the turn of each warpgroup, and among the warps of each.
-constexpr int TURN = 2, WITHIN = 4;
+constexpr int TURN = 2, WITHIN = TURN + MOST_READERS;
 
-// Values of tokens that must not be read become zeros. Each warpgroup clears them for itself; both write the same.
+// Values of tokens that must not be read become zeros. Each warpgroup clears them for itself; all write the same.
 template <typename T, int DIM>
 __device__ __forceinline__ void clear_values(const Work &work, int tile, Shared<T, DIM> &shared, int place) {
     using Memory = Shared<T, DIM>;
-    const int token = work.origin + tile * Memory::KEYS;
+    const int token = work.first_key(tile, Memory::KEYS);
     if (token >= work.sequence.first && token + Memory::KEYS <= work.sequence.stop) return;
     constexpr int CHUNKS = Memory::PANELS * 64;  // of 8 tokens, 16 bytes each
     uint4 *chunks = reinterpret_cast<uint4 *>(shared.value[place]);
@@ -75,7 +75,7 @@ template <typename T, int DIM> struct Reader {
     __device__ __forceinline__ bool begin() {
         plans.wait_until_full(shared.work_full);
         work = shared.work[plans.place];
-        plans.release(shared.work_empty);
+        plans.release_own(shared.work_empty);
         plans.advance();
         const bool more = work.index >= 0;
         if (more) {
@@ -106,12 +106,12 @@ template <typename T, int DIM> struct Reader {
         open_products();
         rows.multiply_keys(shared, index, queries.place, keys.place);
         multiply_values(tile - 1);
-        arrive_at_named(TURN + 1 - index, 256);
+        arrive_at_named(TURN + (index + 1) % Memory::READERS, 256);
         wait_for_products<1>();
         pin(rows.logits);
         release_keys();
         rows.weigh(problem, work, tile, plain);
-        finish_first(rows.sum[0] + rows.sum[1]);
+        if (Memory::READERS == 2) finish_first(rows.sum[0] + rows.sum[1]);
         wait_for_products<0>();
         rows.pin_all();
         release_values();
@@ -147,7 +147,7 @@ template <typename T, int DIM> struct Reader {
     }
 
     __device__ __forceinline__ void run_all() {
-        if (index == 1) arrive_at_named(TURN, 256);
+        if (index == Memory::READERS - 1) arrive_at_named(TURN, 256);
         for (bool more = begin(); more; more = finish()) {
             first_tile();
             for (int tile = 1; tile < work.tiles; ++tile) next_tile(tile);
@@ -176,7 +176,7 @@ template <typename T, int DIM> struct Reader {
 #endif
 
 template <typename T, int DIM>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(Shared<T, DIM>::THREADS, 1)
     prefill_wgmma_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Maps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ char memory[];
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x / 32 == KEY_LOADER) loader.template load_all<KEY_LOADER>();
         if (threadIdx.x / 32 == VALUE_LOADER) loader.template load_all<VALUE_LOADER>();
     } else {
-        take_registers<READER_REGISTERS>();
+        take_registers<Shared<T, DIM>::READER_REGISTERS>();
         Reader<T, DIM>{problem, shared}.run_all();
     }
 #endif
@@ -250,7 +250,7 @@ bool describe_all(const Problem &problem, Maps &maps) {
     const uint32_t box[5] = {PANEL, 8, extent(num_panels), extent(size / 8), 1};
     const uint64_t query_dims[3] = {count(kv.head_dim), count(args.num_q_heads), count(args.num_tokens)};
     const int64_t query_strides[2] = {args.query_head_stride, args.query_token_stride};
-    const uint32_t query_box[3] = {PANEL, extent(problem.group), extent(ROWS / problem.group)};
+    const uint32_t query_box[3] = {PANEL, extent(problem.group), extent(tile_rows(kv.head_dim) / problem.group)};
     return describe<5>(maps.key, kv.dtype, kv.key, dims, strides, box) &&
            describe<5>(maps.value, kv.dtype, kv.value, dims, strides, box) &&
            describe<3>(maps.query, kv.dtype, args.query, query_dims, query_strides, query_box);
@@ -264,8 +264,8 @@ int plan_prefill_wgmma(Problem &problem, int64_t *workspace_bytes) {
     if (int status = find_device(args.run.device_index, &device)) return status;
     *workspace_bytes = 0;
     if (device->capability != 90 || args.max_query_len <= problem.few) return PAGEMGR_OK;
-    const int part_bytes = part_vectors(args.kv.head_dim) * static_cast<int>(sizeof(float4)) * 128 * READERS;
-    *workspace_bytes = Workspace::bytes(device->num_sms, part_bytes);
+    const int vectors = part_vectors(args.kv.head_dim) * 128 * readers(args.kv.head_dim);
+    *workspace_bytes = Workspace::bytes(device->num_sms, vectors * static_cast<int>(sizeof(float4)));
     problem.num_counters = Workspace::num_counters(device->num_sms);
     return PAGEMGR_OK;
 }
@@ -275,13 +275,13 @@ int prefill_wgmma(const Problem &problem, bool *done) {
     const Device *device;
     Maps maps;
     if (int status = find_device(args.run.device_index, &device)) return status;
-    *done = device->capability == 90 && problem.vectors && problem.group <= ROWS && find_encode() &&
-            describe_all(problem, maps);
+    *done = device->capability == 90 && problem.vectors && problem.group <= tile_rows(args.kv.head_dim) &&
+            find_encode() && describe_all(problem, maps);
     if (!*done) return PAGEMGR_OK;
     return with_shape(args.kv, [&](auto type, auto dim) {
         using T = decltype(type);
         constexpr int DIM = dim.value;
-        const Grid grid{dim3(device->num_sms), THREADS, SHARED_BYTES<T, DIM>};
+        const Grid grid{dim3(device->num_sms), Shared<T, DIM>::THREADS, SHARED_BYTES<T, DIM>};
         return launch<prefill_wgmma_kernel<T, DIM>>(args.run, grid, problem, maps);
     });
 }

@@ -7,14 +7,16 @@
 namespace pagemgr {
 namespace hopper {
 
-constexpr int READERS = 2;                                    // warpgroups that compute, of 64 rows each
-constexpr int ROWS = 64 * READERS;                            // of a tile
-constexpr int THREADS = 128 * (READERS + 1);                  // the first warpgroup plans and loads
-constexpr int LOADER_REGISTERS = 56, READER_REGISTERS = 224;  // 56 + 2 * 224 = 3 * 168, what a thread has at first
-enum Role { PLANNER, KEY_LOADER, VALUE_LOADER };              // of the first warpgroup's warps
+constexpr int LOADER_REGISTERS = 56;              // of each thread of the first warpgroup, which plans and loads
+enum Role { PLANNER, KEY_LOADER, VALUE_LOADER };  // of the first warpgroup's warps
 
 __host__ __device__ constexpr int panels(int head_dim) { return (head_dim + PANEL - 1) / PANEL; }
-constexpr int tile_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
+
+// Warpgroups that compute, of 64 rows each. With small head dims the products of a tile are soon done, so that it takes
+// more of them, with smaller tiles for want of registers, to keep the tensor cores busy.
+constexpr int readers(int head_dim) { return head_dim <= 64 ? 3 : 2; }
+constexpr int tile_rows(int head_dim) { return 64 * readers(head_dim); }
+constexpr int tile_keys(int head_dim) { return head_dim <= 64 || head_dim > 128 ? 64 : 128; }
 
 // The first column of a panel of keys or values. Of a head dim of 80 or 96, the second overlaps the first.
 __host__ __device__ constexpr int panel_column(int head_dim, int panel) {
@@ -41,7 +43,10 @@ template <int Places> struct Ring {
     __device__ __forceinline__ void wait_until_empty(const uint64_t *empty) const {
         wait_at(shared_address(&empty[place]), parity ^ 1);
     }
-    // By each warp that read there.
+    // By each thread that read there: what the threads of a warp have read is theirs alone to tell.
+    __device__ __forceinline__ void release_own(uint64_t *empty) const { arrive_at(shared_address(&empty[place])); }
+
+    // By each warp, where it was the tensor cores that read.
     __device__ __forceinline__ void release(uint64_t *empty) const {
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive_at(shared_address(&empty[place]));
@@ -49,11 +54,13 @@ template <int Places> struct Ring {
 };
 
 template <typename T, int DIM> struct Shared {
+    static constexpr int READERS = readers(DIM), ROWS = tile_rows(DIM), THREADS = 128 * (READERS + 1);
+    static constexpr int READER_REGISTERS = READERS == 2 ? 224 : 152;  // with the loaders', what there are at first
     static constexpr int PANELS = panels(DIM), KEYS = tile_keys(DIM), GROUPS = KEYS / 8;
     static constexpr int TILE_BYTES = GROUPS * PANELS * GROUP_BYTES;
-    static constexpr int PLANS = 1;  // places in the rings; with more, work would be drawn before its time
-    static constexpr int QUERIES = DIM <= 192 ? 2 : 1;
-    static constexpr int KEY_TILES = DIM <= 64 ? 4 : 2, VALUE_TILES = DIM <= 64 ? 4 : 3;  // values are held longer
+    // Places in the rings. With more plans, work would be drawn long before its time; values are held longer than keys.
+    static constexpr int PLANS = 2, QUERIES = DIM <= 192 ? 2 : 1;
+    static constexpr int KEY_TILES = DIM <= 64 ? 8 : 2, VALUE_TILES = DIM <= 64 ? 8 : 3;
     T query[QUERIES][PANELS][ROWS][PANEL];
     T key[KEY_TILES][GROUPS][PANELS][8][PANEL];
     T value[VALUE_TILES][GROUPS][PANELS][8][PANEL];
@@ -64,7 +71,7 @@ template <typename T, int DIM> struct Shared {
 
     __device__ __forceinline__ void init() {
         constexpr int WARPS = 4 * READERS;
-        init(work_full, work_empty, WARPS + 2);
+        init(work_full, work_empty, 32 * (WARPS + 2));
         init(query_full, query_empty, WARPS);
         init(key_full, key_empty, WARPS);
         init(value_full, value_empty, WARPS);
@@ -96,7 +103,7 @@ template <typename T, int DIM> struct Loader {
     const Maps &maps;
     Memory &shared;
     const int lane = threadIdx.x % 32;
-    const int tokens = ROWS / problem.group;                          // of a tile of queries
+    const int tokens = Memory::ROWS / problem.group;                  // of a tile of queries
     const int size = min(problem.args.kv.block_size, Memory::KEYS);  // tokens in a box, of which each lane has one
 
     __device__ __forceinline__ void plan() const {
@@ -114,21 +121,26 @@ template <typename T, int DIM> struct Loader {
         }
     }
 
-    // The head of the block that this lane's part of a tile is in. Parts without a readable token are not read.
-    __device__ __forceinline__ int find_head(const Work &work, int tile) const {
-        const int first = work.origin + tile * Memory::KEYS + lane * size;
-        if (tile >= work.tiles || lane * size >= Memory::KEYS || first + size <= work.sequence.first ||
-            first >= work.sequence.stop)
-            return maps.outside;
-        const int block =
-            problem.args.block_table[work.index * problem.args.table_stride + (first >> problem.block_shift)];
-        return static_cast<int>(existing(problem, block)) * maps.heads_of_block + work.kv_head;
+    // Whether this lane's part of a tile has a readable token; other parts are not read.
+    __device__ __forceinline__ bool has_part(const Work &work, int tile) const {
+        const int first = work.first_key(tile, Memory::KEYS) + lane * size;
+        return tile < work.tiles && lane * size < Memory::KEYS && first + size > work.sequence.first &&
+               first < work.sequence.stop;
     }
 
-    __device__ __forceinline__ void load(const CUtensorMap &map, const Work &work, int tile, int head,
+    // The block that this lane's part of a tile is in, as the table has it: nothing may depend on it before it is needed.
+    __device__ __forceinline__ int find_block(const Work &work, int tile) const {
+        const int first = work.first_key(tile, Memory::KEYS) + lane * size;
+        const int *row = problem.args.block_table + work.index * problem.args.table_stride;
+        return has_part(work, tile) ? row[first >> problem.block_shift] : 0;
+    }
+
+    __device__ __forceinline__ void load(const CUtensorMap &map, const Work &work, int tile, int block,
                                          T (&target)[Memory::GROUPS][Memory::PANELS][8][PANEL], uint64_t *full) const {
         const uint32_t barrier = shared_address(full);
-        const int token = (work.origin + tile * Memory::KEYS + lane * size) & (problem.args.kv.block_size - 1);
+        const int token = (work.first_key(tile, Memory::KEYS) + lane * size) & (problem.args.kv.block_size - 1);
+        int head = maps.outside;
+        if (has_part(work, tile)) head = static_cast<int>(existing(problem, block)) * maps.heads_of_block + work.kv_head;
         if (lane == 0) arrive_expecting(barrier, Memory::TILE_BYTES);
         __syncwarp();
         if (lane * size < Memory::KEYS)
@@ -147,26 +159,30 @@ template <typename T, int DIM> struct Loader {
     template <Role ROLE> __device__ __forceinline__ void load_all() const {
         constexpr bool KEYS = ROLE == KEY_LOADER;
         const CUtensorMap &map = KEYS ? maps.key : maps.value;
+        if (lane == 0) {
+            fetch_map(map);
+            if (KEYS) fetch_map(maps.query);
+        }
         Ring<Memory::PLANS> plans;
         Ring<Memory::QUERIES> queries;
         Ring<KEYS ? Memory::KEY_TILES : Memory::VALUE_TILES> ring;
         for (;; plans.advance()) {
             plans.wait_until_full(shared.work_full);
             const Work work = shared.work[plans.place];
-            plans.release(shared.work_empty);
+            plans.release_own(shared.work_empty);
             if (work.index < 0) return;
-            int next_head = find_head(work, 0);
+            int next_block = find_block(work, 0);
             if (KEYS) {
                 queries.wait_until_empty(shared.query_empty);
                 load_queries(work, queries.place);
                 queries.advance();
             }
             for (int tile = 0; tile < work.tiles; ++tile) {
-                const int head = next_head;
-                next_head = find_head(work, tile + 1);
+                const int block = next_block;
+                next_block = find_block(work, tile + 1);
                 ring.wait_until_empty(KEYS ? shared.key_empty : shared.value_empty);
-                if constexpr (KEYS) load(map, work, tile, head, shared.key[ring.place], &shared.key_full[ring.place]);
-                else load(map, work, tile, head, shared.value[ring.place], &shared.value_full[ring.place]);
+                if constexpr (KEYS) load(map, work, tile, block, shared.key[ring.place], &shared.key_full[ring.place]);
+                else load(map, work, tile, block, shared.value[ring.place], &shared.value_full[ring.place]);
                 ring.advance();
             }
         }

@@ -28,7 +28,7 @@ template <typename T, int DIM> struct Rows {
 
     // The token of a tile of queries that a row of the tile belongs to: row / group.
     static __device__ __forceinline__ int token_of(const Problem &problem, int row) {
-        return static_cast<int>((static_cast<float>(row) + 0.5f) * __frcp_rn(static_cast<float>(problem.group)));
+        return static_cast<int>(__fdividef(static_cast<float>(row) + 0.5f, static_cast<float>(problem.group)));
     }
 
     __device__ __forceinline__ void clear() {
@@ -56,7 +56,7 @@ template <typename T, int DIM> struct Rows {
 
     // logits = queries × keysᵀ, under way
     __device__ __forceinline__ void multiply_keys(const Memory &shared, int warpgroup, int query_place, int key_place) {
-        constexpr int QUERY_PANEL = ROWS / 8 * GROUP_BYTES;
+        constexpr int QUERY_PANEL = Memory::ROWS / 8 * GROUP_BYTES;
         const T *mine = shared.query[query_place][0][warpgroup * 64];
         const Descriptor queries(shared_address(mine), QUERY_PANEL, GROUP_BYTES);
         const Descriptor keys(shared_address(shared.key[key_place]), GROUP_BYTES, PANELS * GROUP_BYTES);
@@ -112,7 +112,7 @@ template <typename T, int DIM> struct Rows {
 
     // Logits become weights, in float32 as yet; `shrink` is the factor for what was added up so far.
     __device__ __forceinline__ void weigh(const Problem &problem, const Work &work, int tile, bool plain) {
-        const int token = work.origin + tile * KEYS, column = threadIdx.x % 4 * 2;
+        const int token = work.first_key(tile, KEYS), column = threadIdx.x % 4 * 2;
         if (!plain) bend(problem, token + column);
         if (token + KEYS - 1 > work.all_until) {
 #pragma unroll
@@ -174,7 +174,7 @@ template <typename T, int DIM> struct Rows {
     }
 
     // This thread's vectors of the part that a CTA leaves, so many apart.
-    static constexpr int READING = 128 * READERS;
+    static constexpr int READING = 128 * Memory::READERS;
     static __device__ __forceinline__ float4 *part_of(const Workspace &workspace, int slot) {
         return workspace.parts + slot * part_vectors(DIM) * READING + threadIdx.x - 128;
     }
@@ -201,10 +201,12 @@ template <typename T, int DIM> struct Rows {
                                                   Memory &shared, float scale) {
         float tops[2] = {-INFINITY, -INFINITY}, sums[2] = {};
         Outs outs = {};
+#pragma unroll 4
         for (int cta = work.first_cta; cta <= work.last_cta; ++cta) {
             const float4 state = __ldcg(part_of(workspace, Workspace::slot(work, cta)));
             tops[0] = fmaxf(tops[0], state.x), tops[1] = fmaxf(tops[1], state.y);
         }
+#pragma unroll DIM <= 128 ? 2 : 1
         for (int cta = work.first_cta; cta <= work.last_cta; ++cta) {
             const float4 *from = part_of(workspace, Workspace::slot(work, cta)), state = __ldcg(from);
             const float weight[2] = {state.x == -INFINITY ? 0.0f : exp2_fast((state.x - tops[0]) * scale),
@@ -228,7 +230,7 @@ template <typename T, int DIM> struct Rows {
                                                  const Outs &out) {
         const pagemgr_attention_args &args = problem.args;
         const int thread = threadIdx.x - 128, lane = thread % 32, g = lane / 4, t = lane % 4;
-        const int first_row = thread / 32 * 16, tokens = ROWS / problem.group;
+        const int first_row = thread / 32 * 16, tokens = Memory::ROWS / problem.group;
         const int count = min(tokens, work.sequence.num_queries - work.first_token) * problem.group;
         // Of row 0 in lse, and what each further token adds to its row number.
         const int64_t origin = int64_t{work.sequence.query_begin + work.first_token} * args.num_q_heads +

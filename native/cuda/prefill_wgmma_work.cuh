@@ -1,6 +1,6 @@
 // How prefill_wgmma deals out its work.
 //
-// A unit is a tile of 128 rows of one sequence and K/V head, with the tiles of keys that they see. CTAs draw units, the
+// A unit is a tile of rows of one sequence and K/V head, with the tiles of keys that they see. CTAs draw units, the
 // longest of a sequence first. Where so few leave multiprocessors idle, the line of all tiles of keys is cut into equal
 // shares, one for each CTA, whatever unit they belong to (Osama et al., Stream-K, 2023), and of a cut unit the CTA that
 // is through last puts the parts together.
@@ -11,28 +11,31 @@
 namespace pagemgr {
 namespace hopper {
 
-constexpr int L2_BYTES = 32 << 20;  // of keys and values that stay in the L2 while all units that share them are done
-constexpr int MOST_ROUNDS = 3;      // of units that are cut: CTAs in step find in the L2 what others have read
-constexpr int MERGING = 4;          // tiles in the time of which a cut unit is put together
+constexpr int MOST_READERS = 3;  // warpgroups of a CTA that compute
+constexpr int MOST_ROUNDS = 3;   // of units that are cut: with more of them, few multiprocessors are idle for long
+constexpr int MERGING = 16;      // tiles of keys that take as long as putting cut units together
 
 // A unit or, if it is cut, a part of one.
 struct Work {
     Sequence sequence;
     int index = -1;  // of the sequence; -1: no more work
     int kv_head;
-    int first_token;              // of the sequence's new tokens
-    int origin, tiles;            // the first key of the first tile of keys; at least one tile
-    int all_from, all_until;      // tiles of keys within [from, until] are seen by all rows
+    int first_token;                  // of the sequence's new tokens
+    int origin, tiles;                // the first key of all; tiles of keys, at least one
+    int all_from, all_until;          // tiles of keys within [from, until] are seen by all rows
     int first_cta = 0, last_cta = 0;  // that have parts of the unit
 
+    // The last tile comes first: CTAs that begin together, with other rows, then read other keys, and find in the L2 what
+    // the one before them has read.
+    __device__ __forceinline__ int first_key(int tile, int keys) const { return origin + (tiles - 1 - tile) * keys; }
     __device__ __forceinline__ bool is_cut() const { return first_cta < last_cta; }
     __device__ __forceinline__ bool readable(int token) const {
         return token >= sequence.first && token < sequence.stop;
     }
 };
 
-// What CTAs share. Of its counters, which are 0 at the start, one is of units drawn, and two of each CTA of the parts
-// that are there of the unit that it begins: those of either warpgroup. CTA c has slot 2c for the part that it
+// What CTAs share. Of its counters, which are 0 at the start, one is of units drawn, and some of each CTA are of the
+// parts that are there of the unit that it begins: those of each warpgroup. CTA c has slot 2c for the part that it
 // continues, 2c + 1 for one that it begins.
 struct Workspace {
     int *counters;
@@ -42,12 +45,12 @@ struct Workspace {
         counters = static_cast<int *>(memory);
         parts = reinterpret_cast<float4 *>(static_cast<char *>(memory) + counter_bytes(ctas));
     }
-    __host__ __device__ static int num_counters(int ctas) { return 1 + 2 * ctas; }
+    __host__ __device__ static int num_counters(int ctas) { return 1 + MOST_READERS * ctas; }
     __host__ __device__ static int counter_bytes(int ctas) { return (num_counters(ctas) * 4 + 63) / 64 * 64; }
     static int64_t bytes(int ctas, int part_bytes) { return counter_bytes(ctas) + int64_t{2} * ctas * part_bytes; }
 
     __device__ __forceinline__ int *arrivals(const Work &work, int warpgroup) const {
-        return counters + 1 + 2 * work.first_cta + warpgroup;
+        return counters + 1 + MOST_READERS * work.first_cta + warpgroup;
     }
     // -1 for a whole unit
     static __device__ __forceinline__ int slot(const Work &work, int cta) {
@@ -72,22 +75,28 @@ template <int KEYS> struct Dealer {
     int *drawn;
     const int &kv_heads = problem.args.kv.num_kv_heads, &num_seqs = problem.args.num_seqs;
     const int lane = threadIdx.x % 32;
-    int share = 0;            // tiles, if units are cut
-    int place = -1, end = 0;  // of the share, what is left; else the unit drawn last
+    int share = 0;              // tiles, if units are cut
+    int place = -1, end = 0;    // of the share, what is left; else the unit drawn last
     int chunk = 0, passed = 0;  // the 32 sequences at hand, and the units of each K/V head before them
 
     __device__ __forceinline__ Dealer(const Problem &problem, int tokens, int *drawn)
         : problem(problem), tokens(tokens), drawn(drawn) {
-        int columns = 0, total = 0;  // units of each K/V head; tiles of all
-        for (int i = lane; i < num_seqs; i += 32) columns += units_of(Sequence(problem, i));
-        columns = __reduce_add_sync(~0u, columns);
-        const int ctas = gridDim.x;
-        if (columns > ctas * MOST_ROUNDS / kv_heads || problem.args.max_seq_len > 1 << 24) return;
-        const int rounds = (columns * kv_heads + ctas - 1) / ctas;
+        if (problem.args.max_seq_len < MERGING * KEYS || problem.args.max_seq_len > 1 << 24) return;
+        // Units of each K/V head and, as those of a sequence grow evenly, twice their tiles.
+        int units = 0, tiles = 0;
+        for (int i = lane; i < num_seqs && units <= MOST_ROUNDS * static_cast<int>(gridDim.x); i += 32) {
+            const Sequence sequence(problem, i);
+            const int count = min(units_of(sequence), MOST_ROUNDS * static_cast<int>(gridDim.x) + 1);
+            units += count;
+            if (count > 0) tiles += count * (unit(i, sequence, 0, 0).tiles + unit(i, sequence, count - 1, 0).tiles);
+        }
+        units = kv_heads * __reduce_add_sync(~0u, units);
+        tiles = kv_heads * __reduce_add_sync(~0u, tiles) / 2;
+        const int ctas = gridDim.x, rounds = (units + ctas - 1) / ctas;
+        if (rounds > MOST_ROUNDS || (tiles / ctas + MERGING) * units >= rounds * tiles) return;
+        int total = 0;
         for (int i = next_sequence(0); i < num_seqs; i = next_sequence(i + 1)) total += kv_heads * tiles_of(i);
-        const int each = (total + ctas - 1) / ctas;
-        if ((each + MERGING) * columns * kv_heads >= rounds * total) return;
-        share = each;
+        share = (total + ctas - 1) / ctas;
         place = min(total, static_cast<int>(blockIdx.x) * share);
         end = min(total, place + share);
     }
@@ -124,8 +133,7 @@ template <int KEYS> struct Dealer {
         return work;
     }
 
-    // The units of a sequence come K/V head by K/V head as far as the L2 cannot hold more of them at once, the last
-    // rows, which see most, first.
+    // Of a sequence, the units of the last rows, which see most, come first; neighbours are the K/V heads of the same rows.
     __device__ __forceinline__ Work find(int number) {
         const int column = number / kv_heads;
         for (; chunk < num_seqs; chunk += 32) {
@@ -136,14 +144,8 @@ template <int KEYS> struct Dealer {
             if (past) {
                 const int found = __ffs(past) - 1, rows = __shfl_sync(~0u, units, found);
                 const Sequence sequence(problem, chunk + found);
-                int within = number - (passed + __shfl_sync(~0u, through, found) - rows) * kv_heads;
-                const int64_t head_bytes = int64_t{sequence.stop - sequence.first} * problem.args.kv.head_dim * 4;
-                const int64_t sets = (kv_heads * head_bytes + L2_BYTES - 1) / L2_BYTES;
-                const int most = max(1, kv_heads / static_cast<int>(max(int64_t{1}, min(sets, int64_t{kv_heads}))));
-                const int first_head = within / (rows * most) * most;
-                within -= first_head * rows;
-                const int heads = min(most, kv_heads - first_head);
-                return unit(chunk + found, sequence, rows - 1 - within / heads, first_head + within % heads);
+                const int within = number - (passed + __shfl_sync(~0u, through, found) - rows) * kv_heads;
+                return unit(chunk + found, sequence, rows - 1 - within / kv_heads, within % kv_heads);
             }
             passed += __shfl_sync(~0u, through, 31);
         }
@@ -181,7 +183,8 @@ template <int KEYS> struct Dealer {
         before += kv_head * column;
         const Sequence sequence(problem, index);
         for (int first = 0;; first += 32) {
-            const int mine = min(first + lane, units_of(sequence) - 1), through = sum_up(unit(index, sequence, mine, 0).tiles);
+            const int mine = min(first + lane, units_of(sequence) - 1);
+            const int through = sum_up(unit(index, sequence, mine, 0).tiles);
             const unsigned past = __ballot_sync(~0u, before + through > place);
             if (past) {
                 Work work = unit(index, sequence, first + __ffs(past) - 1, kv_head);

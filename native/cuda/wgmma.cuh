@@ -21,6 +21,11 @@ constexpr int GROUP_BYTES = 8 * 2 * PANEL;  // of 8 rows of a panel
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// So that the first box of a map does not wait for the map.
+__device__ __forceinline__ void fetch_map(const CUtensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // A box of a tensor map into shared memory; tells the barrier. Elements out of the map's bounds become zeros.
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap &map, int x, int y, int z,
                                          uint32_t barrier) {
