@@ -62,6 +62,17 @@ Problem problem_of(const pagemgr_attention_args &args) {
     return problem;
 }
 
+// Who does what, and the workspace that this takes.
+int plan(Problem &problem, int64_t *workspace_bytes) {
+    if (int status = plan_split_kv(problem)) return status;
+    int64_t more;
+    if (int status = plan_prefill_wgmma(problem, &more)) return status;
+    const int64_t first = (split_kv_workspace(problem) + 63) / 64 * 64;
+    problem.prefill_workspace = static_cast<char *>(problem.args.workspace) + first;
+    *workspace_bytes = first + more;
+    return PAGEMGR_OK;
+}
+
 }  // namespace
 }  // namespace pagemgr
 
@@ -71,9 +82,7 @@ int32_t pagemgr_attention_workspace(const pagemgr_attention_args *args, int64_t 
     if (int status = refuse(*args)) return status;
     const OnDevice device(args->run.device_index);
     Problem problem = problem_of(*args);
-    if (int status = plan_split_kv(problem)) return status;
-    *bytes = split_kv_workspace(problem);
-    return PAGEMGR_OK;
+    return plan(problem, bytes);
 }
 
 int32_t pagemgr_attention(const pagemgr_attention_args *args) {
@@ -85,8 +94,8 @@ int32_t pagemgr_attention(const pagemgr_attention_args *args) {
     if (args->num_tokens == 0) return PAGEMGR_OK;
     const OnDevice device(args->run.device_index);
     Problem problem = problem_of(*args);
-    if (int status = plan_split_kv(problem)) return status;
-    const int64_t needed = split_kv_workspace(problem);
+    int64_t needed;
+    if (int status = plan(problem, &needed)) return status;
     if (args->workspace_bytes < needed) {
         return fail(PAGEMGR_INVALID, "the workspace has %lld bytes, %lld are needed", (long long)args->workspace_bytes,
                     (long long)needed);

@@ -27,6 +27,10 @@ struct Problem {
     // Of split_kv, set by plan_split_kv:
     uint64_t number;  // of the call
     int ctas, stages;
+
+    // Of prefill_wgmma: its part of the workspace, in which split_kv sets so many counters at the front to 0.
+    void *prefill_workspace;
+    int num_counters;
 };
 
 // One sequence, as the kernels see it: lengths are clamped, so that no table entry past max_seq_len is read.
@@ -149,6 +153,7 @@ int split_kv(const Problem &problem);
 int prefill(const Problem &problem);
 
 // prefill_wgmma.cu: the same, faster, on compute capability 9.0. `done` is false if something there does not fit.
+int plan_prefill_wgmma(Problem &problem, int64_t *workspace_bytes);
 int prefill_wgmma(const Problem &problem, bool *done);
 
 // Where the scale of a token's row lies among those of keys or values.

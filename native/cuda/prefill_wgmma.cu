@@ -46,8 +46,9 @@ template <typename T, int DIM> struct Reader {
     using Memory = Shared<T, DIM>;
     const Problem &problem;
     Memory &shared;
-    const int index = threadIdx.x / 128 - 1;
+    const int index = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // which the compiler now knows to be a warp's
     const bool plain = problem.softcap == 0 && !problem.args.alibi_slopes && problem.scale > 0;
+    const float scale = plain ? problem.scale : 1.0f;  // of logits as they are kept
     Work work;
     Rows<T, DIM> rows;
     Ring<Memory::PLANS> plans;
@@ -83,7 +84,7 @@ template <typename T, int DIM> struct Reader {
         }
         pin(rows.logits);
         open_products();
-        rows.multiply_keys(shared, queries.place, keys.place);
+        rows.multiply_keys(shared, index, queries.place, keys.place);
         if (more) rows.look(problem, work);
         return more;
     }
@@ -103,7 +104,7 @@ template <typename T, int DIM> struct Reader {
         meet_at_named(TURN + index, 256);
         rows.pin_all();
         open_products();
-        rows.multiply_keys(shared, queries.place, keys.place);
+        rows.multiply_keys(shared, index, queries.place, keys.place);
         multiply_values(tile - 1);
         arrive_at_named(TURN + 1 - index, 256);
         wait_for_products<1>();
@@ -126,6 +127,7 @@ template <typename T, int DIM> struct Reader {
         open_products();
         multiply_values(work.tiles - 1);
         const Work done = work;
+        const int slot = Workspace::slot(work, blockIdx.x);
         const Ring<Memory::QUERIES> last_queries = queries;
         queries.advance();
         bool more = false;
@@ -138,7 +140,8 @@ template <typename T, int DIM> struct Reader {
         rows.pin_outputs();
         release_values();
         meet_at_named(WITHIN + index, 128);  // all warps are done with the queries
-        rows.write(problem, done, shared, last_queries.place, plain ? problem.scale : 1.0f);
+        if (slot >= 0) rows.leave(Workspace(problem.prefill_workspace, gridDim.x), slot);
+        else rows.write(problem, done, shared, last_queries.place, scale, rows.largest, rows.sum, rows.out);
         last_queries.release(shared.query_empty);
         return AHEAD ? more : begin();
     }
@@ -151,6 +154,22 @@ template <typename T, int DIM> struct Reader {
         }
         wait_for_products<0>();
         if (index == 0) meet_at_named(TURN, 256);  // takes the turn that was given last
+        for (const Work &cut : shared.cut) {
+            if (cut.is_cut()) close_cut(cut);
+        }
+    }
+
+    // The last one to come here with its part of a unit puts the parts together.
+    __device__ __forceinline__ void close_cut(const Work &cut) {
+        const Workspace workspace(problem.prefill_workspace, gridDim.x);
+        __threadfence();
+        meet_at_named(WITHIN + index, 128);
+        bool last = false;
+        if (threadIdx.x % 128 == 0) {
+            last = atomicAdd(workspace.arrivals(cut, index), 1) == cut.last_cta - cut.first_cta;
+            __threadfence();
+        }
+        if (meet_or_named(WITHIN + index, 128, last)) rows.gather(problem, workspace, cut, shared, scale);
     }
 };
 
@@ -239,6 +258,18 @@ bool describe_all(const Problem &problem, Maps &maps) {
 
 }  // namespace
 
+int plan_prefill_wgmma(Problem &problem, int64_t *workspace_bytes) {
+    const pagemgr_attention_args &args = problem.args;
+    const Device *device;
+    if (int status = find_device(args.run.device_index, &device)) return status;
+    *workspace_bytes = 0;
+    if (device->capability != 90 || args.max_query_len <= problem.few) return PAGEMGR_OK;
+    const int part_bytes = part_vectors(args.kv.head_dim) * static_cast<int>(sizeof(float4)) * 128 * READERS;
+    *workspace_bytes = Workspace::bytes(device->num_sms, part_bytes);
+    problem.num_counters = Workspace::num_counters(device->num_sms);
+    return PAGEMGR_OK;
+}
+
 int prefill_wgmma(const Problem &problem, bool *done) {
     const pagemgr_attention_args &args = problem.args;
     const Device *device;
@@ -250,9 +281,7 @@ int prefill_wgmma(const Problem &problem, bool *done) {
     return with_shape(args.kv, [&](auto type, auto dim) {
         using T = decltype(type);
         constexpr int DIM = dim.value;
-        const int64_t tiles = args.num_tokens / (ROWS / problem.group) + args.num_seqs;  // no batch has more
-        const Grid grid{dim3(static_cast<unsigned>(std::min<int64_t>(device->num_sms, tiles * args.kv.num_kv_heads))),
-                        THREADS, SHARED_BYTES<T, DIM>};
+        const Grid grid{dim3(device->num_sms), THREADS, SHARED_BYTES<T, DIM>};
         return launch<prefill_wgmma_kernel<T, DIM>>(args.run, grid, problem, maps);
     });
 }

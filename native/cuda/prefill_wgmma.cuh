@@ -1,7 +1,7 @@
-// How prefill_wgmma deals out its work, and the warps that bring queries, keys and values for it.
+// The memory that the warps of prefill_wgmma share, and the warps that bring queries, keys and values.
 #pragma once
 
-#include "attention.cuh"
+#include "prefill_wgmma_work.cuh"
 #include "wgmma.cuh"
 
 namespace pagemgr {
@@ -10,7 +10,7 @@ namespace hopper {
 constexpr int READERS = 2;                                    // warpgroups that compute, of 64 rows each
 constexpr int ROWS = 64 * READERS;                            // of a tile
 constexpr int THREADS = 128 * (READERS + 1);                  // the first warpgroup plans and loads
-constexpr int LOADER_REGISTERS = 40, READER_REGISTERS = 232;  // 128 * 40 + 256 * 232 <= 65536
+constexpr int LOADER_REGISTERS = 56, READER_REGISTERS = 224;  // 56 + 2 * 224 = 3 * 168, what a thread has at first
 enum Role { PLANNER, KEY_LOADER, VALUE_LOADER };              // of the first warpgroup's warps
 
 __host__ __device__ constexpr int panels(int head_dim) { return (head_dim + PANEL - 1) / PANEL; }
@@ -20,64 +20,6 @@ constexpr int tile_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 __host__ __device__ constexpr int panel_column(int head_dim, int panel) {
     return panel > 0 && panel == panels(head_dim) - 1 ? head_dim - PANEL : panel * PANEL;
 }
-
-// A tile of whole query tokens of one sequence and K/V head, and the tiles of keys that it goes through.
-struct Work {
-    Sequence sequence;
-    int index = -1;  // of the sequence; -1: no more work
-    int kv_head;
-    int first_token;          // of the sequence's new tokens
-    int origin, tiles;        // the first key of the first tile of keys; at least one tile
-    int all_from, all_until;  // tiles of keys within [from, until] are seen by all rows
-
-    __device__ __forceinline__ void look(const Problem &problem, int tokens, int keys) {
-        const int last_token = min(first_token + tokens, sequence.num_queries) - 1;
-        const Visible low(problem, sequence, sequence.position + first_token);
-        const Visible high(problem, sequence, sequence.position + last_token);
-        origin = low.first & ~(keys - 1);
-        tiles = max(1, (high.last - origin + keys) / keys);
-        all_from = high.first;
-        all_until = low.last;
-    }
-    __device__ __forceinline__ bool readable(int token) const {
-        return token >= sequence.first && token < sequence.stop;
-    }
-};
-
-// Goes through the tiles of all long sequences, in rising numbers. The last tiles of a sequence, which see most, come
-// first; neighbouring numbers are the K/V heads of the same rows.
-struct Search {
-    int chunk = 0, passed = 0;  // the 32 sequences at hand, and the tiles before them
-
-    // All lanes of a warp call this together.
-    __device__ __forceinline__ Work find(const Problem &problem, int number, int tokens, int keys) {
-        const int kv_heads = problem.args.kv.num_kv_heads, tile = number / kv_heads, lane = threadIdx.x % 32;
-        Work work;
-        work.kv_head = number - tile * kv_heads;
-        for (; chunk < problem.args.num_seqs; chunk += 32) {
-            Sequence mine;
-            if (chunk + lane < problem.args.num_seqs) mine = Sequence(problem, chunk + lane);
-            const int tiles = mine.num_queries > problem.few ? (mine.num_queries + tokens - 1) / tokens : 0;
-            int through = tiles;
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int other = __shfl_up_sync(~0u, through, step);
-                if (lane >= step) through += other;
-            }
-            const unsigned past = __ballot_sync(~0u, passed + through > tile);
-            if (past) {
-                const int found = __ffs(past) - 1;
-                work.index = chunk + found;
-                work.sequence = Sequence(problem, work.index);
-                work.first_token = (passed + __shfl_sync(~0u, through, found) - 1 - tile) * tokens;
-                work.look(problem, tokens, keys);
-                return work;
-            }
-            passed += __shfl_sync(~0u, through, 31);
-        }
-        return work;
-    }
-};
 
 struct Maps {
     CUtensorMap query;       // [num_tokens][num_q_heads][head_dim]: boxes of whole tokens of one K/V head
@@ -109,12 +51,14 @@ template <int Places> struct Ring {
 template <typename T, int DIM> struct Shared {
     static constexpr int PANELS = panels(DIM), KEYS = tile_keys(DIM), GROUPS = KEYS / 8;
     static constexpr int TILE_BYTES = GROUPS * PANELS * GROUP_BYTES;
-    static constexpr int PLANS = 4, QUERIES = DIM <= 192 ? 2 : 1;                      // places in the rings
+    static constexpr int PLANS = 1;  // places in the rings; with more, work would be drawn before its time
+    static constexpr int QUERIES = DIM <= 192 ? 2 : 1;
     static constexpr int KEY_TILES = DIM <= 64 ? 4 : 2, VALUE_TILES = DIM <= 64 ? 4 : 3;  // values are held longer
     T query[QUERIES][PANELS][ROWS][PANEL];
     T key[KEY_TILES][GROUPS][PANELS][8][PANEL];
     T value[VALUE_TILES][GROUPS][PANELS][8][PANEL];
     Work work[PLANS];
+    Work cut[2];  // units of which this CTA has a part
     uint64_t work_full[PLANS], work_empty[PLANS], query_full[QUERIES], query_empty[QUERIES];
     uint64_t key_full[KEY_TILES], key_empty[KEY_TILES], value_full[VALUE_TILES], value_empty[VALUE_TILES];
 
@@ -124,6 +68,7 @@ template <typename T, int DIM> struct Shared {
         init(query_full, query_empty, WARPS);
         init(key_full, key_empty, WARPS);
         init(value_full, value_empty, WARPS);
+        cut[0] = cut[1] = Work();
     }
 
   private:
@@ -139,6 +84,9 @@ template <typename T, int DIM> struct Shared {
 constexpr int SHARED_ALIGNMENT = 1024;  // of what is swizzled
 template <typename T, int DIM> constexpr int SHARED_BYTES = sizeof(Shared<T, DIM>) + SHARED_ALIGNMENT;
 
+// Of the part of a unit in the workspace, in vectors: largest and sum of two rows, then outputs, for each reading thread.
+__host__ __device__ constexpr int part_vectors(int head_dim) { return 1 + panels(head_dim) * PANEL / 8; }
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The first warpgroup, a warp for each role.
@@ -151,21 +99,18 @@ template <typename T, int DIM> struct Loader {
     const int tokens = ROWS / problem.group;                          // of a tile of queries
     const int size = min(problem.args.kv.block_size, Memory::KEYS);  // tokens in a box, of which each lane has one
 
-    // CTAs take the numbers in turns, forwards and backwards, as later ones mean less work.
     __device__ __forceinline__ void plan() const {
-        const int ctas = gridDim.x, cta = blockIdx.x;
-        Search search;
+        Dealer<Memory::KEYS> dealer(problem, tokens, static_cast<int *>(problem.prefill_workspace));
         Ring<Memory::PLANS> plans;
-        for (int item = 0, found = 0; found >= 0; ++item) {
-            const int number = item * ctas + (item % 2 ? ctas - 1 - cta : cta);
-            const Work work = search.find(problem, number, tokens, Memory::KEYS);
-            found = work.index;
+        for (bool more = true; more; plans.advance()) {
             plans.wait_until_empty(shared.work_empty);
+            const Work work = dealer.next();
+            more = work.index >= 0;
             if (lane == 0) {
                 shared.work[plans.place] = work;
+                if (work.is_cut()) shared.cut[blockIdx.x == work.first_cta] = work;
                 arrive_at(shared_address(&shared.work_full[plans.place]));
             }
-            plans.advance();
         }
     }
 
@@ -175,9 +120,9 @@ template <typename T, int DIM> struct Loader {
         if (tile >= work.tiles || lane * size >= Memory::KEYS || first + size <= work.sequence.first ||
             first >= work.sequence.stop)
             return maps.outside;
-        const unsigned block =
+        const int block =
             problem.args.block_table[work.index * problem.args.table_stride + (first >> problem.block_shift)];
-        return min(block, static_cast<unsigned>(problem.args.kv.num_blocks - 1)) * maps.heads_of_block + work.kv_head;
+        return static_cast<int>(existing(problem, block)) * maps.heads_of_block + work.kv_head;
     }
 
     __device__ __forceinline__ void load(const CUtensorMap &map, const Work &work, int tile, int head,

@@ -20,7 +20,8 @@ template <typename T, int DIM> struct Rows {
     static constexpr int PART_PANELS = PANELS % 2 ? 1 : 2, PARTS = PANELS / PART_PANELS;  // of the outputs
     float logits[KEYS / 2];
     uint32_t weights[KEYS / 4];
-    float out[PARTS][PART_PANELS * PANEL / 2];
+    using Outs = float[PARTS][PART_PANELS * PANEL / 2];
+    Outs out;
     float largest[2], sum[2];
     int position[2], first[2], last[2];  // of the query; of the first and the last key that it sees
     float slope[2], shrink[2];
@@ -54,9 +55,9 @@ template <typename T, int DIM> struct Rows {
     }
 
     // logits = queries × keysᵀ, under way
-    __device__ __forceinline__ void multiply_keys(const Memory &shared, int query_place, int key_place) {
+    __device__ __forceinline__ void multiply_keys(const Memory &shared, int warpgroup, int query_place, int key_place) {
         constexpr int QUERY_PANEL = ROWS / 8 * GROUP_BYTES;
-        const T *mine = shared.query[query_place][0][threadIdx.x / 128 * 64 - 64];
+        const T *mine = shared.query[query_place][0][warpgroup * 64];
         const Descriptor queries(shared_address(mine), QUERY_PANEL, GROUP_BYTES);
         const Descriptor keys(shared_address(shared.key[key_place]), GROUP_BYTES, PANELS * GROUP_BYTES);
 #pragma unroll
@@ -172,9 +173,59 @@ template <typename T, int DIM> struct Rows {
         }
     }
 
+    // This thread's vectors of the part that a CTA leaves, so many apart.
+    static constexpr int READING = 128 * READERS;
+    static __device__ __forceinline__ float4 *part_of(const Workspace &workspace, int slot) {
+        return workspace.parts + slot * part_vectors(DIM) * READING + threadIdx.x - 128;
+    }
+
+    // Two neighbouring outputs of each row.
+    template <typename O> static __device__ __forceinline__ auto *vector(O &outs, int index) {
+        constexpr int VECTORS = PART_PANELS * PANEL / 8;
+        return &outs[index / VECTORS][index % VECTORS * 4];
+    }
+
+    // What was added up goes to the workspace, for `gather`.
+    __device__ __forceinline__ void leave(const Workspace &workspace, int slot) const {
+        float4 *part = part_of(workspace, slot);
+        part[0] = make_float4(largest[0], largest[1], sum[0], sum[1]);
+#pragma unroll
+        for (int i = 0; i < PANELS * PANEL / 8; ++i) {
+            const float *four = vector(out, i);
+            part[(1 + i) * READING] = make_float4(four[0], four[1], four[2], four[3]);
+        }
+    }
+
+    // Writes what the parts of all CTAs, in their order, come to.
+    static __device__ __forceinline__ void gather(const Problem &problem, const Workspace &workspace, const Work &work,
+                                                  Memory &shared, float scale) {
+        float tops[2] = {-INFINITY, -INFINITY}, sums[2] = {};
+        Outs outs = {};
+        for (int cta = work.first_cta; cta <= work.last_cta; ++cta) {
+            const float4 state = __ldcg(part_of(workspace, Workspace::slot(work, cta)));
+            tops[0] = fmaxf(tops[0], state.x), tops[1] = fmaxf(tops[1], state.y);
+        }
+        for (int cta = work.first_cta; cta <= work.last_cta; ++cta) {
+            const float4 *from = part_of(workspace, Workspace::slot(work, cta)), state = __ldcg(from);
+            const float weight[2] = {state.x == -INFINITY ? 0.0f : exp2_fast((state.x - tops[0]) * scale),
+                                     state.y == -INFINITY ? 0.0f : exp2_fast((state.y - tops[1]) * scale)};
+            sums[0] = fmaf(state.z, weight[0], sums[0]), sums[1] = fmaf(state.w, weight[1], sums[1]);
+#pragma unroll
+            for (int i = 0; i < PANELS * PANEL / 8; ++i) {
+                const float4 others = __ldcg(from + (1 + i) * READING);
+                float *four = vector(outs, i);
+                four[0] = fmaf(others.x, weight[0], four[0]), four[1] = fmaf(others.y, weight[0], four[1]);
+                four[2] = fmaf(others.z, weight[1], four[2]), four[3] = fmaf(others.w, weight[1], four[3]);
+            }
+        }
+        __syncwarp();  // what `write` needs to know is looked up after this, as registers are scarce
+        write(problem, work, shared, 0, scale, tops, sums, outs);
+    }
+
     // Through the rows' own place among the queries, which nobody reads any more, so that whole rows are stored.
-    __device__ __forceinline__ void write(const Problem &problem, const Work &work, Memory &shared, int place,
-                                          float scale) {
+    static __device__ __forceinline__ void write(const Problem &problem, const Work &work, Memory &shared, int place,
+                                                 float scale, const float (&largest)[2], const float (&sums)[2],
+                                                 const Outs &out) {
         const pagemgr_attention_args &args = problem.args;
         const int thread = threadIdx.x - 128, lane = thread % 32, g = lane / 4, t = lane % 4;
         const int first_row = thread / 32 * 16, tokens = ROWS / problem.group;
@@ -185,11 +236,11 @@ template <typename T, int DIM> struct Rows {
         const int further = args.num_q_heads - problem.group;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-            sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+            float sum = sums[r] + __shfl_xor_sync(~0u, sums[r], 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
             const int row = first_row + g + 8 * r, within = token_of(problem, row);
             const Closing closing(problem, work.kv_head * problem.group + row - within * problem.group,
-                                  largest[r] == -INFINITY ? -INFINITY : largest[r] * scale, sum[r]);
+                                  largest[r] == -INFINITY ? -INFINITY : largest[r] * scale, sum);
             if (args.lse && row < count && t == 0) args.lse[origin + row + within * further] = closing.lse;
 #pragma unroll
             for (int part = 0; part < PARTS; ++part) {

@@ -287,6 +287,10 @@ __global__ void __launch_bounds__(THREADS, 1) split_kv_kernel(const __grid_const
         Loader<T, S, DIM>{problem, shared, cursor}.run_all(share.count);
         clear_padding<T, DIM>(problem);
     }
+    if (blockIdx.x == 0) {
+        int *counters = static_cast<int *>(problem.prefill_workspace);
+        for (int i = threadIdx.x; i < problem.num_counters; i += THREADS) counters[i] = 0;
+    }
 }
 
 }  // namespace

@@ -56,6 +56,16 @@ __device__ __forceinline__ void meet_at_named(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// The same; whether the condition holds for any of them.
+__device__ __forceinline__ bool meet_or_named(int name, int threads, bool condition) {
+    int any;
+    asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; bar.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q; }"
+                 : "=r"(any)
+                 : "r"(static_cast<int>(condition)), "r"(name), "r"(threads)
+                 : "memory");
+    return any;
+}
+
 // Where a wgmma reads a tile: from this address on, with panels and groups so many bytes apart.
 struct Descriptor {
     uint32_t low, high;
