@@ -125,8 +125,7 @@ template <typename T, typename S, int DIM> struct Part {
                 float low = exp2_fast(x[k].x - base), high = exp2_fast(x[k].y - base);
                 sum[r] += low + high;
                 if constexpr (Memory::QUANTISED) {
-                    const float2 factor =
-                        *reinterpret_cast<const float2 *>(&shared.factors.of[buffer][8 * k + 2 * t]);
+                    const float2 factor = *reinterpret_cast<const float2 *>(&shared.factors.of[buffer][8 * k + 2 * t]);
                     low *= factor.x, high *= factor.y;
                 }
                 weights[k / 2][r + k % 2 * 2] = pack<T>(low, high);
@@ -158,9 +157,12 @@ template <typename T, typename S, int DIM> struct Part {
             for (int n = 0; n < 2; ++n) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const float *c = &out[i][0][2 * r];
-                    if (Memory::QUANTISED) act(lane / 4 + 8 * r, r, 16 * slice + 4 * (lane % 4) + 2 * n, make_float2(c[n], c[n + 4]));
-                    else act(lane / 4 + 8 * r, r, 16 * slice + 8 * n + 2 * (lane % 4), make_float2(c[4 * n], c[4 * n + 1]));
+                    // Of a quantised pool, even dims are in the first product, odd ones in the second.
+                    constexpr bool SPLIT = Memory::QUANTISED;
+                    const float2 pair = SPLIT ? make_float2(out[i][0][2 * r + n], out[i][1][2 * r + n])
+                                              : make_float2(out[i][n][2 * r], out[i][n][2 * r + 1]);
+                    const int within = SPLIT ? 4 * (lane % 4) + 2 * n : 8 * n + 2 * (lane % 4);
+                    act(lane / 4 + 8 * r, r, 16 * slice + within, pair);
                 }
             }
         }
@@ -296,8 +298,10 @@ __global__ void __launch_bounds__(THREADS, 1) split_kv_kernel(const __grid_const
 int shared_bytes_needed(int head_dim) {
     pagemgr_kv kv{};
     kv.head_dim = head_dim;
-    return with_shape(
-        kv, [](auto type, auto dim) { return Shared<decltype(type), decltype(type), dim.value>::bytes(1) + STATIC_BYTES; });
+    return with_shape(kv, [](auto type, auto dim) {
+        using T = decltype(type);
+        return Shared<T, T, dim.value>::bytes(1) + STATIC_BYTES;
+    });
 }
 
 int plan_split_kv(Problem &problem) {

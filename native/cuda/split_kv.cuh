@@ -31,9 +31,9 @@ struct Workspace {
 
     // Makes a count that nobody has arrived at yet, whatever the memory held, if nobody else has.
     __device__ __forceinline__ void open(int first, uint64_t number) const {
-        volatile uint64_t *count = arrivals + first;
-        const uint64_t found = *count;
-        if (found - number > gridDim.x) atomicCAS(reinterpret_cast<unsigned long long *>(arrivals + first), found, number);
+        auto *count = reinterpret_cast<unsigned long long *>(arrivals + first);
+        const uint64_t found = *const_cast<volatile unsigned long long *>(count);
+        if (found - number > gridDim.x) atomicCAS(count, found, number);
     }
 };
 

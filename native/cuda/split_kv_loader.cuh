@@ -1,9 +1,10 @@
 // The shared memory of a CTA of split_kv, and the warp that fills it.
 //
-//   keys of a tile in shared memory:   run 0 │16 B│ run 1 │16 B│ … run 7 │16 B│        a run: 16 (8) tokens
+//   keys of a tile in shared memory:   run 0 │32 B│ run 1 │32 B│ … run 7 │32 B│        a run: 16 (8) tokens
 //
-// The rows of an 8 × 8 matrix for ldmatrix are token j of each of the 8 runs, which by the 16 bytes lie in different
-// banks. Tokens are therefore counted in the order (j, run) between the logits and the values: "columns".
+// The rows of an 8 × 8 matrix for ldmatrix are token j of each of the 8 runs. By the 32 bytes no more than two of them
+// lie in the same banks; by 16 they would all lie apart, but bulk copies to such addresses are 2 % slower in all.
+// Tokens are therefore counted in the order (j, run) between the logits and the values: "columns".
 #pragma once
 
 #include "split_kv.cuh"
@@ -29,12 +30,12 @@ template <int TOKENS> struct Scales<TOKENS, true> {
 template <typename T, typename S, int DIM> struct Shared {
     static constexpr bool QUANTISED = !std::is_same_v<T, S>;
     static constexpr int TOKENS = tile_tokens(DIM), RUN_TOKENS = TOKENS / RUNS;
-    static constexpr int RUN = RUN_TOKENS * DIM + 16 / static_cast<int>(sizeof(S));  // elements
+    static constexpr int RUN = RUN_TOKENS * DIM + 32 / static_cast<int>(sizeof(S));  // elements
     static constexpr int QUERY_STRIDE = DIM + (QUANTISED ? 16 : 8);  // so that its rows are read from different banks
     static constexpr int SCORE_STRIDE = TOKENS + 8;
     struct Stage {
-        alignas(16) S key[RUNS][RUN];
-        alignas(16) S value[RUNS][RUN];
+        alignas(128) S key[RUNS][RUN];
+        alignas(128) S value[RUNS][RUN];
         Scales<TOKENS, QUANTISED> scales;  // of keys, of values
     };
     alignas(16) T query[ROWS][QUERY_STRIDE];
@@ -47,7 +48,7 @@ template <typename T, typename S, int DIM> struct Shared {
 
     __device__ __forceinline__ void init(int stages) {
 #if __CUDA_ARCH__ >= 900
-        constexpr int ARRIVALS = 1;  // and the bytes
+        constexpr int ARRIVALS = QUANTISED ? 33 : 1;  // with the lanes' scales; and the bytes
 #else
         constexpr int ARRIVALS = 32;
 #endif
@@ -109,9 +110,11 @@ template <typename T, typename S, int DIM> struct Loader {
         if (of_value && !idle() && stop - first < size) clear(target, first, stop);
         __syncwarp();
         const uint32_t barrier = shared_address(&shared.full[stage]);
+        for (int i = 0; i < scale_bytes; i += 16) copy_16_async(scales_target + i, scales + i / sizeof(float));
 #if __CUDA_ARCH__ >= 900
+        if constexpr (Memory::QUANTISED) arrive_after_copies(barrier);
         const int bytes = (stop - first) * ROW_BYTES;
-        const int total = __reduce_add_sync(~0u, bytes + scale_bytes);
+        const int total = __reduce_add_sync(~0u, bytes);
         if (lane == 0) arrive_expecting(barrier, total);
         __syncwarp();
         if (bytes == 0) return;
@@ -122,7 +125,6 @@ template <typename T, typename S, int DIM> struct Loader {
             for (int i = first; i < stop; ++i)
                 copy_bulk(shared_address(target + i * DIM), source + i * kv.token_stride, ROW_BYTES, barrier, policy);
         }
-        if (Memory::QUANTISED) copy_bulk(scales_target, scales, scale_bytes, barrier, policy);
 #else
         constexpr int CHUNKS = ROW_BYTES / 16;
         for (int i = 0; i < 32; ++i) {  // the whole warp copies one piece after the other
@@ -134,7 +136,6 @@ template <typename T, typename S, int DIM> struct Loader {
                 copy_16_async(shared_address(to + token * DIM + element), from + token * kv.token_stride + element);
             }
         }
-        for (int i = 0; i < scale_bytes; i += 16) copy_16_async(scales_target + i, scales + i / sizeof(float));
         arrive_after_copies(barrier);
 #endif
     }

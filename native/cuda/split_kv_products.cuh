@@ -1,9 +1,9 @@
 // The products of split_kv: a tile in shared memory, by the computing warps.
 //
-// Of a quantised pool ldmatrix takes its matrices as pairs of bytes. A lane then has four neighbouring dims of a key,
-// so that dims are counted in the order (4t, 4t + 1 of all lanes, 4t + 2, 4t + 3) within 16 of them; the queries are read
-// likewise. And it has two neighbouring dims of values for each of two tokens: the even dims of 16 make one product,
-// the odd ones the other.
+// Of a quantised pool ldmatrix takes its matrices as pairs of bytes. A lane then has four neighbouring dims of a key, so
+// that dims are counted in the order (4t and 4t + 1 of all lanes, then 4t + 2 and 4t + 3) within 16 of them; the queries
+// are read likewise. And it has two neighbouring dims of values for each of two tokens: the even dims of 16 make one
+// product, the odd ones the other.
 #pragma once
 
 #include "split_kv_loader.cuh"

@@ -74,23 +74,25 @@ struct E4m3 {
     uint8_t bits;
 };
 
-// Two of them, in the low half, as a pair of halves.
-__device__ __forceinline__ uint32_t widen_to_half(uint32_t two) {
-    uint32_t pair;
+// Four of them as two pairs of halves.
+__device__ __forceinline__ void widen_to_half(uint32_t four, uint32_t &low, uint32_t &high) {
 #if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(two)));
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+        : "=r"(low), "=r"(high)
+        : "r"(four));
 #else
-    const uint32_t bytes = __byte_perm(two, 0, 0x1404);  // sign and magnitude at the top of each half
-    const uint32_t bits = (bytes & 0x80008000) | (bytes & 0x7f007f00) >> 1;
-    const __half2 wide = __hmul2(reinterpret_cast<const __half2 &>(bits), __float2half2_rn(256));  // 2^(15 - 7)
-    pair = reinterpret_cast<const uint32_t &>(wide);
+    const auto shifted = [](uint32_t bytes) {  // each at the top of a half, where their exponents are 15 - 7 too small
+        const uint32_t bits = (bytes & 0x80008000) | (bytes & 0x7f007f00) >> 1;
+        const __half2 pair = __hmul2(reinterpret_cast<const __half2 &>(bits), __float2half2_rn(256));
+        return reinterpret_cast<const uint32_t &>(pair);
+    };
+    low = shifted(__byte_perm(four, 0, 0x1404)), high = shifted(__byte_perm(four, 0, 0x3424));
 #endif
-    return pair;
 }
 
 // Four of them as two pairs of T, exactly.
 template <typename T> __device__ __forceinline__ void widen(uint32_t four, uint32_t &low, uint32_t &high) {
-    low = widen_to_half(four & 0xffff), high = widen_to_half(four >> 16);
+    widen_to_half(four, low, high);
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         const float2 a = __half22float2(reinterpret_cast<const __half2 &>(low));
         const float2 b = __half22float2(reinterpret_cast<const __half2 &>(high));
@@ -144,6 +146,11 @@ template <int Threads> __device__ __forceinline__ bool meet_and(bool condition) 
     return all;
 }
 
+// This thread arrives once all its copy_16_async so far are done.
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -173,11 +180,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void *source, i
 
 // What this thread wrote to shared memory comes before later bulk copies and wgmma.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#else
-// This thread arrives once all its copy_16_async so far are done.
-__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
 #endif
 
 }  // namespace pagemgr
