@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUN    := OMP_NUM_THREADS=1 $(BIN)/python -m
+BENCH  := $(PYTHON) -m tests.bench
+BOTH   := --device cuda --backend cuda --backend triton
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit gpu clean
@@ -30,10 +32,12 @@ unit: $(READY) ## all tests, those of layers and packaging included
 
 gpu: ## on a GPU machine: build, test, benchmark both GPU backends with the python at hand; nothing is installed
 	$(PYTHON) -m pagemgr build cuda
-	$(PYTHON) -m pytest --gpu
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --gpu \
+	  $$($(PYTHON) -c 'import os, xdist; print("-n", os.cpu_count(), "--dist worksteal")' 2>/dev/null)
 	@mkdir -p build
-	$(PYTHON) -m tests.bench.attention --device cuda --backend cuda --backend triton \
-	  --json build/attention.json --plot build/roofline.png
+	$(BENCH).attention $(BOTH) --json build/attention.json --plot build/roofline.png
+	$(BENCH).attention $(BOTH) --json build/attention-fp8.json --kv-dtype float8_e4m3fn
+	$(BENCH).swap --backend cuda --backend triton
 
 clean: ## remove .venv and whatever was built or cached
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
