@@ -62,7 +62,9 @@ def random_case(seed: int) -> Case:
 def chunks_case(seed: int) -> Case:
     """A few chunks over long contexts: too few rows for all multiprocessors, so that their keys are cut."""
     source = random.Random(seed)
-    seqs = [(source.randint(2000, 9000), source.choice((70, 130, source.randint(65, 300)))) for _ in range(seed % 3 + 1)]
+    seqs = [
+        (source.randint(2000, 9000), source.choice((70, 130, source.randint(65, 300)))) for _ in range(seed % 3 + 1)
+    ]
     return replace(
         random_case(seed),
         group_size=source.choice((1, 3, 4, 8)),
