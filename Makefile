@@ -28,8 +28,12 @@ types: $(READY) ## types (mypy --strict)
 unit: $(READY) ## all tests, those of layers and packaging included
 	$(RUN) pytest -n 2 --dist loadgroup
 
-gpu: ## the tests that need a GPU, with the python at hand: nothing is installed
+gpu: ## on a GPU machine: build, test, benchmark both GPU backends with the python at hand; nothing is installed
+	$(PYTHON) -m pagemgr build cuda
 	$(PYTHON) -m pytest --gpu
+	@mkdir -p build
+	$(PYTHON) -m tests.bench.attention --device cuda --backend cuda --backend triton \
+	  --json build/attention.json --plot build/roofline.png
 
 clean: ## remove .venv and whatever was built or cached
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

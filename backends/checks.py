@@ -88,9 +88,17 @@ def facts_of(tensor: torch.Tensor | None) -> object:
     return tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def check_copy(pool: torch.Tensor, pairs: torch.Tensor) -> None:
+def check_copy(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
     """Check the arguments of ``copy_blocks``."""
-    _expect("pairs", pairs, (*pairs.shape[:1], 2), torch.int64, pool.device)
+    device = target.device if source.device.type == "cpu" else source.device
+    _expect("pairs", pairs, (*pairs.shape[:1], 2), torch.int64, device)
+    if source.shape[1:] != target.shape[1:] or source.dtype is not target.dtype:
+        kinds = [f"{tier.dtype} {list(tier.shape[1:])}" for tier in (source, target)]
+        raise InvalidInput(f"source and target must have blocks alike, got {kinds[0]} and {kinds[1]}")
+    for name, tier in (("source", source), ("target", target)):
+        if tier.device != device and not (tier.device.type == "cpu" and tier.is_pinned()):
+            where = "host memory that is not pinned" if tier.device.type == "cpu" else str(tier.device)
+            raise InvalidInput(f"{name} must be on {device} or in pinned host memory, got {where}")
 
 
 def check_merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> None:

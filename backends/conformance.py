@@ -102,9 +102,11 @@ def _claims(
     for dtype in sorted(capabilities.dtypes, key=str):
         for verb, verify in (("write_kv", _writes), ("copy_blocks", _copies), ("merge", _merges)):
             yield f"{verb}-{dtype}", partial(verify, replace(base, dtype=dtype))
+        yield f"copy_blocks-between-tiers-{dtype}", partial(_moves, replace(base, dtype=dtype))
         for kv_dtype in sorted(capabilities.kv_dtypes, key=str):
             case = replace(base, dtype=dtype, kv_dtype=kv_dtype)
             yield f"write_kv-{dtype}-as-{kv_dtype}", partial(_quantises, case)
+            yield f"write_kv-{dtype}-as-{kv_dtype}-not-finite", partial(_quantises_not_finite, case)
     yield "write_kv-nothing", partial(_writes_nothing, base)
     for name, case in attention_cases(capabilities):
         yield f"attention-{name}", partial(_attends, case)
@@ -218,6 +220,26 @@ def _quantises(case: Case, backend: Backend, device: str, generator: torch.Gener
     _same_bytes(problem.pool, before.pool, "the pool after write_kv, but for the slots,")
 
 
+def _quantises_not_finite(case: Case, backend: Backend, device: str, generator: torch.Generator) -> None:
+    """Rows with one element that is no number, or nothing else, are NaN throughout, and their neighbours untouched."""
+    problem = build(case, generator, device)
+    rows = torch.randn(12, case.kv_heads, case.head_dim, generator=generator)
+    places = (slice(1), slice(-1, None), slice(None))
+    for row, (found, where) in enumerate(itertools.product((torch.nan, torch.inf, -torch.inf), places)):
+        rows[row, row % case.kv_heads, where] = found
+    finite = rows.isfinite().all(-1)
+    slots = torch.randperm(len(problem.pool) * case.block_size, generator=generator)[: len(rows)]
+    rows = rows.to(device, case.dtype)
+    backend.write_kv(rows, -rows, problem.kv, slots.to(device))
+    blocks, offsets = ((slots // case.block_size).to(device), (slots % case.block_size).to(device))
+    for sign, name in ((1, "key"), (-1, "value")):
+        stored, scales = (part[blocks, :, offsets].cpu() for part in _parts(problem.kv, name))
+        _nearest(sign * rows.cpu()[finite], stored[finite], scales[finite], name)
+        held = stored[~finite].float() * scales[~finite].unsqueeze(-1)
+        if bool(scales[~finite].isfinite().any()) or not bool(held.isnan().all()):
+            raise AssertionError(f"rows of the {name} that are not finite were stored as {held} by {scales[~finite]}")
+
+
 def _parts(kv: KVLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return getattr(kv, name), getattr(kv, f"{name}_scale")
 
@@ -258,8 +280,27 @@ def _copies(case: Case, backend: Backend, device: str, generator: torch.Generato
         expected = problem.pool.clone()
         for source, target in pairs.tolist():
             expected[target] = problem.pool[source]
-        backend.copy_blocks(problem.pool, pairs.to(device))
+        backend.copy_blocks(problem.pool, problem.pool, pairs.to(device))
         _same_bytes(problem.pool, expected, f"the pool after copying {count} blocks")
+
+
+def _moves(case: Case, backend: Backend, device: str, generator: torch.Generator) -> None:
+    """Out to a tier in host memory, pinned for a GPU, and back; one of the two has more blocks, either in turn."""
+    pool = build(case, generator, device).pool
+    for blocks in (3 * len(pool), 1 + len(pool) // 2):
+        host = torch.zeros((blocks, *pool.shape[1:]), dtype=pool.dtype, pin_memory=torch.device(device).type == "cuda")
+        for source, target in ((pool, host), (host, pool)):
+            count = min(len(source), len(target))
+            ids = [len(tier) - 1 - torch.randperm(count, generator=generator) for tier in (source, target)]
+            pairs = torch.stack(ids, 1)
+            for some in (pairs[:0], pairs):
+                before, expected = source.clone(), target.clone()
+                expected[some[:, 1].to(target.device)] = source[some[:, 0].to(source.device)].to(target.device)
+                backend.copy_blocks(source, target, some.to(device))
+                if device != "cpu":
+                    torch.accelerator.synchronize()
+                _same_bytes(source, before, "the tier that was read from")
+                _same_bytes(target, expected, f"the tier that {len(some)} blocks went to")
 
 
 def _merges(case: Case, backend: Backend, device: str, generator: torch.Generator) -> None:

@@ -39,7 +39,7 @@ class Feature(StrEnum):
     lse = "lse"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class KVLayer:
     """One layer of the pool: ``key`` and ``value``, each ``[num_blocks, num_kv_heads, block_size, head_dim]``.
 
@@ -194,6 +194,8 @@ class Backend(Protocol):
 
         Into a quantised pool goes ``x / scale``, rounded to nearest, and the scale of each row of ``head_dim``: its
         largest magnitude over that of the type (``LARGEST``), or 0 with elements of 0 if that is below ``LEAST_SCALE``.
+        A row that holds an infinity or a NaN becomes NaN throughout: its scale is not finite, whatever its elements
+        are, their products with it are NaN.
         """
 
     def attention(
@@ -215,9 +217,11 @@ class Backend(Protocol):
         Rows past ``query_start[-1]``, which pad a batch to a fixed size, receive 0 and -inf.
         """
 
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
-        """Copy whole blocks within one tier: ``pool`` ``[num_blocks, ...]``, ``pairs`` int64 ``[n, 2]`` (from, to).
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
+        """Copy whole blocks: ``pairs`` int64 ``[n, 2]`` (from, to), of ``source`` and ``target`` ``[num_blocks, ...]``.
 
+        The two are one tier, or two tiers whose blocks are alike. If one of those is on a GPU, so are the pairs, and
+        the other may be in pinned host memory, which kernels read and write over the bus.
         No block is written twice, and none is both read and written.
         """
 

@@ -44,6 +44,7 @@ _STRUCTS = {
     "PAGEMGR_STRUCT_MERGE": "pagemgr_merge_args",
 }
 FUNCTIONS = ("message", "get_capabilities", "attention_workspace", "write_kv", "attention", "copy_blocks", "merge")
+_SYMBOLS = {name: f"pagemgr_{name}" for name in FUNCTIONS}
 
 
 class NativeLibrary:
@@ -60,12 +61,14 @@ class NativeLibrary:
         self.lib = self._open()
         self._compare()
         self.capabilities = self._read_capabilities()
+        self.on_host = self.capabilities.devices == frozenset({"cpu"})
+        """Whether a call is done when it returns."""
         self.dtypes: dict[torch.dtype, int] = {kind: getattr(self.lib, name) for name, kind in _DTYPES.items()}
         self.kv_dtypes: dict[torch.dtype, int] = {kind: getattr(self.lib, name) for name, kind in _KV_DTYPES.items()}
 
     def call(self, function: str, *args: Any) -> None:
         """Call ``pagemgr_<function>``. This is the one place where a status becomes an exception."""
-        status = getattr(self.lib, f"pagemgr_{function}")(*args)
+        status = getattr(self.lib, _SYMBOLS[function])(*args)
         if status:
             raise self._error(function, status)
 

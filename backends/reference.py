@@ -83,10 +83,11 @@ class TorchBackend:
         return out
 
     @torch.no_grad()
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""
-        check_copy(pool, pairs)
-        pool[pairs[:, 1]] = pool[pairs[:, 0]]
+        check_copy(source, target, pairs)
+        blocks = source[pairs[:, 0].to(source.device)]
+        target[pairs[:, 1].to(target.device)] = blocks.to(target.device)
 
     @torch.no_grad()
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

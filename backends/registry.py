@@ -24,13 +24,14 @@ from pagemgr.layout import BlockLayout
 
 from .checks import require
 from .interface import Backend, Feature
+from .per_feature import PerFeature
 
 AUTO = "auto"
 GROUP = "pagemgr.backends"
 
 BUILT_IN = (
-    EntryPoint("triton", "pagemgr.backends.triton.backend:TritonBackend", GROUP),
     EntryPoint("cuda", "pagemgr.backends.cuda:CudaBackend", GROUP),
+    EntryPoint("triton", "pagemgr.backends.triton.backend:TritonBackend", GROUP),
     EntryPoint("cpu", "pagemgr.backends.cpu:CpuBackend", GROUP),
     EntryPoint("torch", "pagemgr.backends.reference:TorchBackend", GROUP),
 )
@@ -69,7 +70,8 @@ def create(
     """The backend of that name, able to serve a pool of this layout on this device with the features in ``needs``.
 
     ``group_size`` is query heads per K/V head. ``"auto"`` takes the first of ``BUILT_IN`` that can do it, and logs why
-    the ones before it cannot; a third party's backend is taken only by name. A compiled one is built on first use, and
+    the ones before it cannot; what it lacks of the optional features, the next ones do (``PerFeature``). A third
+    party's backend is taken only by name. A compiled one is built on first use, and
     kept in ``cache_dir`` (the setting ``native.cache_dir``, by default that of ``pagemgr.native.build``).
 
     Raises ``BackendUnavailable`` (unknown, broken, or not for this machine) or ``UnsupportedFeature``.
@@ -145,19 +147,29 @@ def _make(entry: EntryPoint, cache_dir: str | None) -> Backend:
 def _best(
     layout: BlockLayout, group_size: int, device: torch.device | str, needs: frozenset[Feature], cache_dir: str | None
 ) -> Backend:
-    passed_over: list[str] = []
+    """The first that fits; with it those after it that have the optional features which it lacks, if it lacks any."""
+    taken: list[Backend] = []
+    lacking, passed_over = frozenset(Feature), list[str]()
     for entry in BUILT_IN:
         try:
             backend = _make(entry, cache_dir)
-            require(backend, layout, group_size, device, needs)
+            require(backend, layout, group_size, device)
         except BackendUnavailable as error:
             passed_over.append(f"{entry.name} cannot run here: {error.reason}")
         except UnsupportedFeature as error:
             passed_over.append(f"{entry.name} does not fit: {'; '.join(error.reasons)}")
         else:
-            _log.info("backend %s on %s%s", entry.name, device, "".join(f" ({reason})" for reason in passed_over))
-            return backend
-    raise BackendUnavailable(AUTO, "; ".join(passed_over))
+            if lacking & (has := backend.capabilities().features):
+                taken.append(backend)
+                lacking -= has
+            if not lacking:
+                break
+    if not taken:
+        raise BackendUnavailable(AUTO, "; ".join(passed_over))
+    best = taken[0] if len(taken) == 1 else PerFeature(taken)
+    require(best, layout, group_size, device, needs)
+    _log.info("backend %s on %s%s", best.name, device, "".join(f" ({reason})" for reason in passed_over))
+    return best
 
 
 def _describe(error: Exception) -> str:

@@ -1,4 +1,4 @@
-/* The contract between pagemgr and a library of compiled kernels, version 2.
+/* The contract between pagemgr and a library of compiled kernels, version 3.
  *
  * This file has no directives, so that C, C++, nvcc and cffi's parser read the same text. Include it once in a
  * translation unit, after <stdint.h> and inside extern "C" for C++ (native/abi.hpp does both).
@@ -9,10 +9,11 @@
  * A quantised pool has its scales behind the keys and values of each layer, [key, value][num_kv_heads][block_size].
  *
  * What holds for every function:
- *   - A pointer called key, value, key_scale, value_scale, errors, query, out, lse, block_table, seq_lens, query_start, slot_mapping, pairs, sinks,
- *     alibi_slopes, pool or workspace points to memory of the library's device: host memory for PAGEMGR_CPU, device
- *     memory for PAGEMGR_CUDA. The args structs, and the arrays of pointers in pagemgr_merge_args, are host memory
- *     that is read before the call returns.
+ *   - A pointer called key, value, key_scale, value_scale, errors, query, out, lse, block_table, seq_lens,
+ *     query_start, slot_mapping, pairs, source, target, sinks, alibi_slopes or workspace points to memory of the
+ *     library's device: host memory for PAGEMGR_CPU, device memory for PAGEMGR_CUDA; there errors, source and target
+ *     may also point to pinned host memory, by the address that the device knows it by. The args structs, and the
+ *     arrays of pointers in pagemgr_merge_args, are host memory that is read before the call returns.
  *   - Strides count elements, and the last dimension is contiguous. A tensor for which no stride is given is
  *     contiguous throughout. No two pointers overlap unless said so.
  *   - The call returns once the work is queued on run.stream, or done where there are no streams. It allocates nothing,
@@ -23,7 +24,7 @@
  *     pagemgr.backends.Backend and tested by pagemgr.backends.conformance.
  */
 
-enum pagemgr_version { PAGEMGR_ABI_VERSION = 2 };
+enum pagemgr_version { PAGEMGR_ABI_VERSION = 3 };
 
 enum pagemgr_status {
     PAGEMGR_OK = 0,
@@ -112,7 +113,8 @@ typedef struct {
 
 /* Stores new tokens into their slots. No two tokens share a slot. Quantised, a row's scale is its largest magnitude over
  * the largest of the type (448, 57344, 127), and an element is what x / scale rounds to, half to even; a scale below the
- * least normal float is 0, and so are its elements. */
+ * least normal float is 0, and so are its elements. The scale of a row that holds an infinity or a NaN is not finite, and
+ * its products with the elements are NaN. */
 typedef struct {
     pagemgr_run run;
     pagemgr_kv kv;                /* written */
@@ -155,14 +157,17 @@ typedef struct {
     float softcap;                /* 0 is none */
 } pagemgr_attention_args;
 
-/* Copies whole blocks. No block is written twice, and none is both read and written. */
+/* Copies whole blocks, within a tier or between two. No block is written twice, and none is both read and written. */
 typedef struct {
     pagemgr_run run;
-    void *pool;             /* [num_blocks] blocks of block_bytes, block_stride_bytes apart */
+    const void *source;     /* [num_source_blocks] blocks of block_bytes, source_stride_bytes apart */
+    void *target;           /* [num_target_blocks] blocks of block_bytes, target_stride_bytes apart; may be the source */
     const int64_t *pairs;   /* [num_pairs, 2]: from, to */
-    int64_t num_blocks;
+    int64_t num_source_blocks;
+    int64_t num_target_blocks;
+    int64_t source_stride_bytes;
+    int64_t target_stride_bytes;
     int64_t block_bytes;
-    int64_t block_stride_bytes;
     int64_t num_pairs;
 } pagemgr_copy_blocks_args;
 

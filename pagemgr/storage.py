@@ -13,6 +13,7 @@ from .errors import InternalError
 from .layout import NULL_BLOCK, BlockLayout
 from .plan import Copies
 from .pool import Fence
+from .routes import Routes, copy_by_kernel
 from .timings import Timings, current_trace
 from .watch import Watch
 
@@ -55,6 +56,7 @@ class Storage:
         stored = getattr(torch, layout.stored)
         self.layers = tuple(KVLayer.of(layer, stored, layout.shape) for layer in self.tiers["device"].unbind(1))
         """Views of the device tier, one for each layer."""
+        self._routes = Routes(self.tiers["device"], self.tiers.get("host"), backend)
 
     def execute(self, copies: Sequence[Copies], swapping: str | None = None) -> Fence | None:
         """Move these blocks, in order, on the device's current stream.
@@ -69,15 +71,14 @@ class Storage:
             blocks = len(group.pairs)
             if group.source == group.target:
                 start = self._timings.start("kernel")
-                pairs = torch.from_numpy(group.pairs.astype(np.int64))
                 pool = self.tiers[group.source]
-                self._backend.copy_blocks(pool, pairs.to(pool.device, non_blocking=True))
+                copy_by_kernel(self._backend, pool, pool, group.pairs)
                 self._timings.lap("kernel", "copy_blocks", start, blocks=blocks)
             else:
                 direction = "in" if group.target == "device" else "out"
                 operation = "swap" if direction == swapping else "host_cache"
                 start = self._timings.start(operation)
-                self._move(self.tiers[group.source], self.tiers[group.target], group.pairs)
+                self._routes.move(self.tiers[group.source], self.tiers[group.target], group.pairs)
                 self._timings.lap(operation, direction, start, blocks=blocks, **current_trace())
         if self.device.type != "cuda" or not copies:
             return None
@@ -99,12 +100,3 @@ class Storage:
                 whole[torch.tensor(blank, device=whole.device)] = _POISON
             if bool(whole[NULL_BLOCK].any()):
                 raise InternalError(f"the null block of {tier} was written")
-
-    def _move(
-        self, source: torch.Tensor, target: torch.Tensor, pairs: np.ndarray[tuple[int, int], np.dtype[np.int32]]
-    ) -> None:
-        """Between tiers: one copy for each run of blocks that lie side by side on both sides."""
-        breaks = np.flatnonzero((np.diff(pairs, axis=0) != 1).any(axis=1)) + 1
-        for run in np.split(pairs, breaks):
-            (start, to), n = run[0].tolist(), len(run)
-            target[to : to + n].copy_(source[start : start + n], non_blocking=True)

@@ -1,5 +1,6 @@
 """The ``triton`` backend: one operation a file, each kernel with its launcher.
 
-backend ─► attention ─► decode, prefill ─► tile ─► quantised     sizes, launch and device serve all of them;
-        ─► write, copy, merge                                    library is the backend as operations of torch
+backend ─► attention ─► decode, prefill ─► tile ─► quantised     sizes, launch, call and device serve all of them;
+        │            └► widen                                    library is the backend as operations of torch
+        └► write, copy, merge
 """

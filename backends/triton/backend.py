@@ -12,11 +12,12 @@ from pagemgr.backends.checks import check_attention, check_copy, check_merge, ch
 from pagemgr.backends.interface import LARGEST, AttentionParams, Capabilities, KVLayer
 from pagemgr.batch import PagedBatch
 
-from .attention import attention
+from .attention import Prepared, prepare
 from .copy import copy_blocks
 from .device import INTERPRETED
+from .launch import Launch, launch_all
 from .merge import merge
-from .write import write_kv
+from .write import prepare as prepare_write
 
 HEAD_DIMS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 256})
 GROUP_SIZES = frozenset(range(1, 33))
@@ -47,6 +48,10 @@ def _capabilities() -> Capabilities:
     return _ON_GPU if has_e4m3 else _ON_OLDER_GPU
 
 
+_KEPT = 64
+"""Batches of which a prepared call is remembered; a step has as many as its model has kinds of layers."""
+
+
 class TritonBackend:
     """Triton kernels for NVIDIA GPUs; what the methods mean is written in ``pagemgr.backends.Backend``.
 
@@ -67,8 +72,10 @@ class TritonBackend:
         return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, 8.0 is needed"
 
     def __init__(self) -> None:
-        self._checked: tuple[PagedBatch, AttentionParams, tuple[object, ...]] | None = None
-        """The last call of ``attention`` that was checked: the layers of a step ask for the same."""
+        self._attentions: dict[tuple[int, int], tuple[object, Prepared]] = {}
+        """The last call for a batch and parameters: facts of its tensors, and what was prepared for them."""
+        self._write: tuple[object, list[Launch]] = ((), [])
+        """The last call of ``write_kv``, likewise."""
 
     def capabilities(self) -> Capabilities:
         """Every feature; head dims and group sizes as listed; any block size; float8_e4m3fn from 8.9 on."""
@@ -79,8 +86,14 @@ class TritonBackend:
         if torch.compiler.is_compiling():
             torch.ops.pagemgr.triton_write_kv(key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
         else:
-            check_write(self, key, value, kv, slot_mapping)
-            write_kv(key, value, kv, slot_mapping)
+            tensors = (key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping)
+            facts = tuple(map(facts_of, tensors))
+            known, launches = self._write
+            if known != facts:
+                check_write(self, key, value, kv, slot_mapping)
+                launches = prepare_write(key, value, kv)
+                self._write = (facts, launches)
+            launch_all(launches, tensors, key.device)
 
     def attention(
         self,
@@ -102,21 +115,25 @@ class TritonBackend:
             )  # fmt: skip
             return out
         facts = tuple(map(facts_of, (query, kv.key, kv.value, kv.key_scale, kv.value_scale, out, lse)))
-        checked = self._checked
-        if checked is None or checked[0] is not batch or checked[1] is not params or checked[2] != facts:
+        call = (id(batch), id(params))
+        known, prepared = self._attentions.get(call, (None, None))
+        if prepared is None or known != facts:
             check_attention(self, query, kv, batch, params, out, lse)
-            self._checked = (batch, params, facts)
+            prepared = prepare(query, kv, batch, params, lse is not None)
+            if len(self._attentions) >= _KEPT:
+                self._attentions.clear()
+            self._attentions[call] = (facts, prepared)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        attention(query, kv, batch, params, out, lse)
+        prepared(query, kv, out, lse)
         return out
 
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
         """See ``Backend.copy_blocks``."""
         if torch.compiler.is_compiling():
-            torch.ops.pagemgr.triton_copy_blocks(pool, pairs)
+            torch.ops.pagemgr.triton_copy_blocks(source, target, pairs)
         else:
-            check_copy(pool, pairs)
-            copy_blocks(pool, pairs)
+            check_copy(source, target, pairs)
+            copy_blocks(source, target, pairs)
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Backend.merge``."""

@@ -24,8 +24,9 @@ from triton.language.extra import cuda
 from pagemgr.backends.interface import AttentionParams, KVLayer
 from pagemgr.batch import PagedBatch
 
-from .device import chains, multiprocessors, on
-from .launch import Launcher, form, scale_strides
+from .call import Tensors, form_of, numbers_of, taking
+from .device import chains, multiprocessors
+from .launch import Launch, Launcher
 from .quantised import narrow
 from .sizes import DecodeSizes, decode_sizes, power_of_two
 from .tile import add_sink, at_head, block_ids, load_rows, no_sums, normalise, store_nothing, store_rows, walk
@@ -36,7 +37,7 @@ JOINED = tl.constexpr(16)
 
 @triton.jit
 def _sequence(seq, num_seqs, seq_lens, query_start, window, most_new, TILE: tl.constexpr):
-    """Of these sequences: tiles of one head, tokens, first query, queries.
+    """Of these sequences: tiles of one item, tokens, first query, queries.
 
     At least 1 tile if there is a query; none if it is not for us, or past the last sequence.
     """
@@ -84,8 +85,15 @@ def _share_of(tile, tiles, ctas):
 
 
 @triton.jit
+def _tiles(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE: tl.constexpr, TOKENS: tl.constexpr):
+    """Of these sequences: tiles of one head."""
+    count, _, _, new = _sequence(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE)
+    return count * ((new + TOKENS - 1) // TOKENS)
+
+
+@triton.jit
 def _locate(cta, ctas, num_seqs, kv_heads, seq_lens, query_start, window, most_new,
-            TILE: tl.constexpr, SEQS: tl.constexpr):  # fmt: skip
+            TILE: tl.constexpr, TOKENS: tl.constexpr, SEQS: tl.constexpr):  # fmt: skip
     """Tiles in the line; where this share begins and ends; the sequence it begins in, and one head's tiles before that.
 
     SEQS lengths are looked at in one go.
@@ -93,14 +101,14 @@ def _locate(cta, ctas, num_seqs, kv_heads, seq_lens, query_start, window, most_n
     tiles = 0
     for base in range(0, num_seqs, SEQS):
         seqs = base + tl.arange(0, SEQS)
-        tiles += tl.sum(_sequence(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE)[0])
+        tiles += tl.sum(_tiles(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE, TOKENS))
     tiles *= kv_heads
     begin, end = _share_start(cta, tiles, ctas), _share_start(cta + 1, tiles, ctas)
 
     seq, before, seen = 0, 0, 0
     for base in range(0, num_seqs, SEQS):
         seqs = base + tl.arange(0, SEQS)
-        counts = _sequence(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE)[0]
+        counts = _tiles(seqs, num_seqs, seq_lens, query_start, window, most_new, TILE, TOKENS)
         ends = seen + tl.cumsum(counts, 0)
         passed = (ends <= begin // kv_heads) & (seqs < num_seqs)
         seq += tl.sum(passed.to(tl.int32))
@@ -128,17 +136,65 @@ def _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token, 
         tl.store(part_lse + where, bits, mask=used)
 
 
+@triton.jit
+def _item(seq, head, offset, kv_heads, most_new, TOKENS: tl.constexpr):
+    """The number of the item that the token ``offset`` of a sequence is in."""
+    return (seq * kv_heads + head) * ((most_new + TOKENS - 1) // TOKENS) + offset // TOKENS
+
+
+@triton.jit
+def _attend(
+    query, key, value, key_scale, value_scale, blocks, slopes, scale, softcap, window,
+    token, offset, new, length, begin, end, head, group, stride_query_token, stride_query_head,
+    stride_block, stride_kv_head, stride_token, stride_scale, stride_scale_head,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The sums of TOKENS queries, from ``offset`` on, over tiles ``[begin, end)`` of the keys of their sequence."""
+    row = tl.arange(0, ROWS)
+    first = _first_key(length, new, window)
+    start, stop = (first // TILE + begin) * TILE, (first // TILE + end) * TILE
+    block = block_ids(blocks, start, length, BLOCK_SIZE, TILE)
+    rows = load_rows(query + head * group * stride_query_head, token + offset, tl.minimum(new - offset, TOKENS), group,
+                     stride_query_token, stride_query_head, scale, ROWS, DIM, PADDED_DIM)  # fmt: skip
+    power = None
+    if key_scale is not None:
+        rows, power = narrow(rows)
+    slope = tl.load(slopes + head * group + row % group) if slopes is not None else None
+    position = length - new + offset + row // group
+    key, value = at_head(key, head, stride_kv_head), at_head(value, head, stride_kv_head)
+    key_scale = at_head(key_scale, head, stride_scale_head)
+    value_scale = at_head(value_scale, head, stride_scale_head)
+    acc, top, total = no_sums(ROWS, PADDED_DIM)
+    if ROWS > 64 and window is None:  # where masking takes time, not where reading does
+        seen = length - new + offset + 1 if CAUSAL else length
+        full = tl.minimum(tl.maximum(seen // TILE * TILE, start), stop)  # every row sees all before
+        acc, top, total = walk(
+            rows, power, block, acc, top, total, key, value, key_scale, value_scale, blocks, start, full, first, length,
+            position, slope, scale, softcap, window, stride_block, stride_token, stride_scale,
+            BLOCK_SIZE, DIM, TILE, CAUSAL, False,
+        )  # fmt: skip
+        start = full
+        block = block_ids(blocks, start, length, BLOCK_SIZE, TILE)
+    return walk(
+        rows, power, block, acc, top, total, key, value, key_scale, value_scale, blocks, start, stop, first, length,
+        position, slope, scale, softcap, window, stride_block, stride_token, stride_scale,
+        BLOCK_SIZE, DIM, TILE, CAUSAL, True,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_seqs", "window", "most_new", "stride_table"],
             do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "lse", "slopes", "sinks",
                                             "key_scale", "value_scale"],
             )  # fmt: skip
 def decode_kernel(
-    query, key, value, key_scale, value_scale,
-    block_table, seq_lens, query_start, out, lse, scratch, slopes, sinks, scale, softcap, window,
+    query, out, key, value, lse, key_scale, value_scale, block_table, scratch,
+    seq_lens, query_start, slopes, sinks, scale, softcap, window,
     num_seqs, kv_heads, group, most_new, stride_query_token, stride_query_head, stride_block, stride_kv_head,
     stride_token, stride_scale, stride_scale_head, stride_table,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, CAUSAL: tl.constexpr, CHAINED: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, SEQS: tl.constexpr,
+    CAUSAL: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One share.
 
@@ -150,44 +206,34 @@ def decode_kernel(
     cta, ctas = tl.program_id(0), tl.num_programs(0)
     cuts = _views(scratch, ctas, ROWS, PADDED_DIM)[2]
     tiles, tile, share_end, seq, before = _locate(
-        cta, ctas, num_seqs, kv_heads, seq_lens, query_start, window, most_new, TILE, SEQS
+        cta, ctas, num_seqs, kv_heads, seq_lens, query_start, window, most_new, TILE, TOKENS, SEQS
     )
-    row = tl.arange(0, ROWS)
     part = 2 * cta
     while tile < share_end:
         count, length, token, new = _sequence(seq, num_seqs, seq_lens, query_start, window, most_new, TILE)
-        if tile >= (before + count) * kv_heads:
-            before += count
+        queries = (new + TOKENS - 1) // TOKENS
+        if tile >= (before + count * queries) * kv_heads:
+            before += count * queries
             seq += 1
         else:
-            head = (tile - before * kv_heads) // count
-            item = before * kv_heads + head * count  # its first tile
+            index = (tile - before * kv_heads) // count
+            item = before * kv_heads + index * count  # its first tile
+            head, offset = index // queries, index % queries * TOKENS
             begin, end = tile - item, tl.minimum(count, share_end - item)
-            first = _first_key(length, new, window)
-            origin = first // TILE
-            blocks = block_table + tl.cast(seq, tl.int64) * stride_table
-            block = block_ids(blocks, (origin + begin) * TILE, length, BLOCK_SIZE, TILE)
-            rows = load_rows(query + head * group * stride_query_head, token, new, group,
-                             stride_query_token, stride_query_head, scale, ROWS, DIM, PADDED_DIM)  # fmt: skip
-            power = None
-            if key_scale is not None:
-                rows, power = narrow(rows)
-            slope = tl.load(slopes + head * group + row % group) if slopes is not None else None
-            acc, top, total = no_sums(ROWS, PADDED_DIM)
-            acc, top, total = walk(
-                rows, power, block, acc, top, total,
-                at_head(key, head, stride_kv_head), at_head(value, head, stride_kv_head),
-                at_head(key_scale, head, stride_scale_head), at_head(value_scale, head, stride_scale_head), blocks,
-                (origin + begin) * TILE, (origin + end) * TILE, first, length, length - new + row // group, slope,
-                scale, softcap, window, stride_block, stride_token, stride_scale, BLOCK_SIZE, DIM, TILE, CAUSAL, True,
+            acc, top, total = _attend(
+                query, key, value, key_scale, value_scale, block_table + tl.cast(seq, tl.int64) * stride_table, slopes,
+                scale, softcap, window, token, offset, new, length, begin, end, head, group, stride_query_token,
+                stride_query_head, stride_block, stride_kv_head, stride_token, stride_scale, stride_scale_head,
+                BLOCK_SIZE, DIM, PADDED_DIM, ROWS, TILE, TOKENS, CAUSAL,
             )  # fmt: skip
             whole = (begin == 0) & (end == count)
-            _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token, new, head, group,
-                   kv_heads * group, ROWS, DIM, PADDED_DIM)  # fmt: skip
+            _store(out, lse, acc, top, total, sinks, scratch, part, ctas, whole, token + offset,
+                   tl.minimum(new - offset, TOKENS), head, group, kv_heads * group, ROWS, DIM, PADDED_DIM)  # fmt: skip
             if begin == 0:
                 shares = tl.where(whole, 0, _share_of(item + count - 1, tiles, ctas) - cta + 1)
-                tl.store(cuts + (seq * kv_heads + head) * 2, part)
-                tl.store(cuts + (seq * kv_heads + head) * 2 + 1, shares)
+                cut = cuts + _item(seq, head, offset, kv_heads, most_new, TOKENS) * 2
+                tl.store(cut, part)
+                tl.store(cut + 1, shares)
             tile, part = item + end, 2 * cta + 1
     if CHAINED:
         cuda.gdc_launch_dependents()
@@ -196,30 +242,29 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["ctas", "num_seqs", "num_tokens", "most_new"],
             do_not_specialize_on_alignment=["query_start", "sinks", "lse"])  # fmt: skip
 def join_kernel(
-    scratch, query_start, sinks, out, lse, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
+    out, lse, scratch, query_start, sinks, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of one sequence under one query head; the program past the last fills the rows past the batch.
+    """Join the parts of one new token under one query head; the programs past the last fill the rows past the batch.
 
     Tensors as in ``decode_kernel``.
     """
     part_out, part_lse, cuts = _views(scratch, ctas, ROWS, PADDED_DIM)
-    seq, head = tl.program_id(0), tl.program_id(1)
-    ours = seq < num_seqs
+    seq, head, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(query_start + seq)
-    new = tl.load(query_start + seq + 1, mask=ours, other=0) - token
+    new = tl.load(query_start + seq + 1, mask=seq < num_seqs, other=0) - token
+    ours = (offset < new) & (new <= most_new)
     if CHAINED:
         cuda.gdc_wait()
-    cut = cuts + (seq * kv_heads + head // group) * 2
+    cut = cuts + _item(seq, head // group, offset, kv_heads, most_new, TOKENS) * 2
     part, shares = tl.load(cut, mask=ours, other=0), tl.load(cut + 1, mask=ours, other=0)
     if seq == num_seqs:
-        for start in range(token, num_tokens, ROWS):
+        for start in range(token + offset * ROWS, num_tokens, most_new * ROWS):
             store_nothing(out, lse, start, num_tokens, head, kv_heads * group, ROWS, DIM, PADDED_DIM)
-    elif (new <= most_new) & (shares > 0):
-        for i in range(new):
-            row = i * group + head % group
-            _join_row(part_out, part_lse, sinks, out, lse, part, shares, row, head, token + i,
-                      kv_heads * group, DIM, PADDED_DIM, ROWS)  # fmt: skip
+    elif shares > 0:
+        row = offset % TOKENS * group + head % group
+        _join_row(part_out, part_lse, sinks, out, lse, part, shares, row, head, token + offset,
+                  kv_heads * group, DIM, PADDED_DIM, ROWS)  # fmt: skip
 
 
 @triton.jit
@@ -249,7 +294,8 @@ def _join_row(part_out, part_lse, sinks, out, lse, part, shares, row, head, toke
     store_rows(out, lse, values, bits, token, 1, head, 1, heads, 1, DIM, PADDED_DIM)
 
 
-_decode, _join = Launcher(decode_kernel), Launcher(join_kernel)
+_decode, _decode_takes = Launcher(decode_kernel), taking(*Tensors._fields)
+_join, _join_takes = Launcher(join_kernel), taking("out", "lse", "scratch")
 
 
 def count_shares(slots: int, kv_heads: int, most_tiles: int) -> int:
@@ -264,6 +310,8 @@ class _Shares:
 
     sizes: DecodeSizes
     padded_dim: int
+    tokens: int
+    """New tokens that a tile of query rows holds."""
     ctas: int
     scratch_words: int
     chained: bool
@@ -283,53 +331,45 @@ def _shares(
 ) -> _Shares:
     padded_dim = power_of_two(dim)
     sizes = decode_sizes(dtype, kv_dtype, padded_dim, group, most_new, items=num_seqs * kv_heads)
-    most_tiles = num_seqs * kv_heads * -(-max(max_seq_len, 1) // sizes.tile)
-    ctas = count_shares(multiprocessors(device) * sizes.ctas_per_sm, kv_heads, most_tiles)
-    words = 2 * ctas * sizes.rows * (padded_dim + 1) + 2 * num_seqs * kv_heads
-    return _Shares(sizes, padded_dim, ctas, words, chains(device))
+    tokens = sizes.rows // group
+    items = num_seqs * kv_heads * -(-most_new // tokens)
+    ctas = multiprocessors(device) * sizes.ctas_per_sm
+    ctas = count_shares(ctas, kv_heads, most_tiles=items * -(-max(max_seq_len, 1) // sizes.tile))
+    words = 2 * ctas * sizes.rows * (padded_dim + 1) + 2 * items
+    return _Shares(sizes, padded_dim, tokens, ctas, words, chains(device))
 
 
 def decode(
-    query: torch.Tensor,
-    kv: KVLayer,
-    batch: PagedBatch,
-    params: AttentionParams,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    most_new: int,
-) -> None:
-    """Attend the sequences of 1 to ``most_new`` new tokens, and fill the rows past the batch.
+    query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams, with_lse: bool, most_new: int
+) -> tuple[list[Launch], int]:
+    """What attends the sequences of 1 to ``most_new`` new tokens, and fills the rows past the batch.
 
-    Other arguments as in ``Backend.attention``, checked.
+    Arguments as in ``Backend.attention``, checked. Returns launches over ``Tensors``, and how many words of float32
+    their scratch memory has.
     """
     num_tokens, heads, dim = query.shape
     _, kv_heads, block_size, _ = kv.key.shape
     device, num_seqs, group = query.device, batch.num_seqs, heads // kv_heads
     share = _shares(device, query.dtype, kv.key.dtype, dim, kv_heads, group, most_new, num_seqs, batch.max_seq_len)
-    sizes, padded_dim, ctas, chained = share.sizes, share.padded_dim, share.ctas, share.chained
+    sizes, padded_dim, tokens, chained = share.sizes, share.padded_dim, share.tokens, share.chained
     causal = params.causal and most_new > 1  # one new token is the last, and sees all there are
-    scratch = torch.empty(share.scratch_words, dtype=torch.float32, device=device)
     seqs = 32 if num_seqs <= 32 else 256
-    strides = (*query.stride()[:2], *kv.key.stride()[:3], *scale_strides(kv))
-    features = tuple(x is None for x in (lse, params.alibi_slopes, params.sinks, params.softcap, params.window))
-    depends = (kv.key.dtype, kv_heads, group, *strides, block_size, dim, sizes, seqs, causal, features)
-    key = form(query, kv.key, kv.value, out, depends=depends)
-    with on(device):
-        if num_seqs:
-            _decode(
-                (ctas, 1, 1), key,
-                query, kv.key, kv.value, kv.key_scale, kv.value_scale,
-                batch.block_table, batch.seq_lens, batch.query_start, out, lse, scratch,
-                params.alibi_slopes, params.sinks,
-                dim**-0.5 if params.scale is None else float(params.scale),
-                params.softcap and float(params.softcap), params.window,
-                num_seqs, kv_heads, group, most_new, *strides, batch.block_table.stride(0),
-                block_size, dim, padded_dim, sizes.rows, sizes.tile, seqs, causal, chained,
-                num_warps=sizes.warps, num_stages=sizes.stages,
-            )  # fmt: skip
-        _join(
-            (num_seqs + 1, heads, 1), key,
-            scratch, batch.query_start, params.sinks, out, lse, ctas, num_seqs, num_tokens, kv_heads, group, most_new,
-            dim, padded_dim, sizes.rows, chained,
-            num_warps=2, **({"launch_pdl": True} if chained else {}),
-        )  # fmt: skip
+    key, strides = form_of(query, kv, params, with_lse, sizes, seqs, causal)
+    attend = Launch(
+        _decode, (share.ctas, 1, 1), key, _decode_takes,
+        (
+            batch.seq_lens, batch.query_start, params.alibi_slopes, params.sinks,
+            *numbers_of(params, dim), num_seqs, kv_heads, group, most_new, *strides, batch.block_table.stride(0),
+            block_size, dim, padded_dim, sizes.rows, sizes.tile, tokens, seqs, causal, chained,
+        ),
+        {"num_warps": sizes.warps, "num_stages": sizes.stages},
+    )  # fmt: skip
+    join = Launch(
+        _join, (num_seqs + 1, heads, most_new), key, _join_takes,
+        (
+            batch.query_start, params.sinks, share.ctas, num_seqs, num_tokens, kv_heads, group, most_new,
+            dim, padded_dim, sizes.rows, tokens, chained,
+        ),
+        {"num_warps": 2} | ({"launch_pdl": True} if chained else {}),
+    )  # fmt: skip
+    return [attend, join] if num_seqs else [join], share.scratch_words

@@ -14,11 +14,13 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _INTERPRETED_CTAS = 5
 """Enough to cut small problems into shares."""
 
+_HERE = nullcontext()
+
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Launch on this device: Triton launches on torch's current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(device)
 
 

@@ -60,10 +60,10 @@ def attention(
     TritonBackend().attention(query, KVLayer(key_cache, value_cache, key_scale, value_scale), batch, params, out, lse)
 
 
-@torch.library.custom_op("pagemgr::triton_copy_blocks", mutates_args=("pool",))
-def copy_blocks(pool: torch.Tensor, pairs: torch.Tensor) -> None:
+@torch.library.custom_op("pagemgr::triton_copy_blocks", mutates_args=("target",))
+def copy_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
     """``Backend.copy_blocks``."""
-    TritonBackend().copy_blocks(pool, pairs)
+    TritonBackend().copy_blocks(source, target, pairs)
 
 
 @torch.library.custom_op("pagemgr::triton_merge", mutates_args=())

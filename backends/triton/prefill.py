@@ -9,8 +9,8 @@ import triton.language as tl
 from pagemgr.backends.interface import AttentionParams, KVLayer
 from pagemgr.batch import PagedBatch
 
-from .device import on
-from .launch import Launcher, form, scale_strides
+from .call import form_of, numbers_of, taking
+from .launch import Launch, Launcher
 from .quantised import narrow
 from .sizes import power_of_two, prefill_sizes
 from .tile import add_sink, at_head, block_ids, load_rows, no_sums, normalise, store_nothing, store_rows, walk
@@ -94,8 +94,8 @@ def _attend(
                                             "key_scale", "value_scale"],
             )  # fmt: skip
 def prefill_kernel(
-    query, key, value, key_scale, value_scale,
-    block_table, seq_lens, query_start, out, lse, slopes, sinks, scale, softcap, window,
+    query, out, key, value, lse, key_scale, value_scale, block_table,
+    seq_lens, query_start, slopes, sinks, scale, softcap, window,
     num_seqs, num_tokens, kv_heads, group, least_new,
     stride_query_token, stride_query_head, stride_block, stride_kv_head, stride_token, stride_scale,
     stride_scale_head, stride_table,
@@ -133,39 +133,28 @@ def prefill_kernel(
 
 
 _prefill = Launcher(prefill_kernel)
+_prefill_takes = taking("query", "out", "key", "value", "lse", "key_scale", "value_scale", "block_table")
 
 
 def prefill(
-    query: torch.Tensor,
-    kv: KVLayer,
-    batch: PagedBatch,
-    params: AttentionParams,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    least_new: int,
-) -> None:
-    """Attend the sequences of ``least_new`` new tokens or more, and fill the rows past the batch.
+    query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams, with_lse: bool, least_new: int
+) -> Launch:
+    """What attends the sequences of ``least_new`` new tokens or more, and fills the rows past the batch.
 
-    Other arguments as in ``Backend.attention``, checked.
+    Arguments as in ``Backend.attention``, checked. Returns a launch over ``Tensors``.
     """
     num_tokens, heads, dim = query.shape
     _, kv_heads, block_size, _ = kv.key.shape
     padded_dim, group = power_of_two(dim), heads // kv_heads
-    sizes = prefill_sizes(query.dtype, padded_dim)
+    sizes = prefill_sizes(query.dtype, padded_dim, quantised=kv.key_scale is not None)
     tokens = 1 << ((sizes.rows // group).bit_length() - 1)
-    strides = (*query.stride()[:2], *kv.key.stride()[:3], *scale_strides(kv))
-    features = tuple(x is None for x in (lse, params.alibi_slopes, params.sinks, params.softcap, params.window))
-    depends = (kv.key.dtype, kv_heads, group, *strides, block_size, dim, sizes, params.causal, features)
-    with on(query.device):
-        _prefill(
-            (num_tokens // tokens + batch.num_seqs + 1, kv_heads, 1),
-            form(query, kv.key, kv.value, out, depends=depends),
-            query, kv.key, kv.value, kv.key_scale, kv.value_scale,
-            batch.block_table, batch.seq_lens, batch.query_start, out, lse,
-            params.alibi_slopes, params.sinks,
-            dim**-0.5 if params.scale is None else float(params.scale),
-            params.softcap and float(params.softcap), params.window,
-            batch.num_seqs, num_tokens, kv_heads, group, least_new, *strides, batch.block_table.stride(0),
-            block_size, dim, padded_dim, sizes.rows, tokens, sizes.tile, params.causal,
-            num_warps=sizes.warps, num_stages=sizes.stages,
-        )  # fmt: skip
+    key, strides = form_of(query, kv, params, with_lse, sizes, params.causal)
+    return Launch(
+        _prefill, (num_tokens // tokens + batch.num_seqs + 1, kv_heads, 1), key, _prefill_takes,
+        (
+            batch.seq_lens, batch.query_start, params.alibi_slopes, params.sinks,
+            *numbers_of(params, dim), batch.num_seqs, num_tokens, kv_heads, group, least_new, *strides,
+            batch.block_table.stride(0), block_size, dim, padded_dim, sizes.rows, tokens, sizes.tile, params.causal,
+        ),
+        {"num_warps": sizes.warps, "num_stages": sizes.stages},
+    )  # fmt: skip

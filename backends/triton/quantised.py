@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from . import device
 
@@ -72,9 +73,17 @@ def narrow(rows):
 
 
 @triton.jit
-def load_scales(pointers, held, MASKED: tl.constexpr):
-    """``[TILE]``, 0 where not held."""
-    if MASKED:
-        return tl.load(pointers, mask=held, other=0.0)
-    else:
-        return tl.load(pointers)
+def load_scales(keys, values, where, held, MASKED: tl.constexpr):
+    """What ``keys`` and ``values`` point to at ``where`` ``[TILE]``, each ``[TILE]``, 0 where not held.
+
+    Triton gives every warp all of what has fewer elements than there are threads, loads and addresses included: hence
+    one load for both, doubled where that is not enough.
+    """
+    TWICE: tl.constexpr = not INTERPRETED and cuda.num_threads() > 2 * where.shape[0]
+    pointers, held = tl.where(tl.arange(0, 2) == 0, keys, values)[None, :] + where[:, None], held[:, None]
+    if TWICE:
+        pointers, held = tl.broadcast_to(pointers[None, :, :], [2, where.shape[0], 2]), held[None, :, :]
+    scales = tl.load(pointers, mask=held, other=0.0) if MASKED else tl.load(pointers)
+    if TWICE:
+        scales, _ = tl.split(tl.trans(scales, 1, 2, 0))
+    return tl.split(scales)

@@ -15,6 +15,12 @@ import torch
 MANY_ITEMS = 512
 """(sequence, K/V head) pairs from which on two small CTAs share a multiprocessor better than one large works alone."""
 
+DECODED_ROWS = 64
+"""Query rows (new tokens times query heads per K/V head) up to which reading takes longer than multiplying."""
+
+JOINING = 8
+"""Tiles of keys that a CTA could walk while parts are stored and joined."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeSizes:
@@ -48,11 +54,14 @@ def power_of_two(n: int) -> int:
 def decode_sizes(
     dtype: torch.dtype, kv_dtype: torch.dtype, padded_dim: int, group: int, most_new: int, items: int
 ) -> DecodeSizes:
-    """For ``items`` (sequence, K/V head) pairs with ``group * most_new`` query rows or fewer.
+    """For ``items`` (sequence, K/V head) pairs with up to ``group * most_new`` query rows.
 
     ``dtype`` is that of queries, ``kv_dtype`` that of keys and values in the pool.
     """
     rows = max(16, power_of_two(group * most_new))
+    if rows > DECODED_ROWS:
+        sizes = prefill_sizes(dtype, padded_dim)
+        return DecodeSizes(sizes.rows, sizes.tile, sizes.warps, sizes.stages, ctas_per_sm=1)
     # What is not widened on its way into registers takes as much room as if it was not quantised.
     held = kv_dtype if rows == 16 and dtype is not torch.float32 else dtype
     token_bytes = 2 * padded_dim * held.itemsize  # a key and a value
@@ -71,10 +80,17 @@ def _tile(stage_bytes: int, token_bytes: int) -> int:
 
 
 @functools.cache
-def prefill_sizes(dtype: torch.dtype, padded_dim: int) -> PrefillSizes:
-    """For any number of new tokens."""
+def prefill_sizes(dtype: torch.dtype, padded_dim: int, quantised: bool = False) -> PrefillSizes:
+    """For any number of new tokens. What every tile of queries widens for itself is ``quantised``."""
     if dtype is torch.float32:
         return PrefillSizes(rows=32, tile=32 if padded_dim <= 128 else 16, warps=4, stages=2)
+    if quantised and padded_dim == 128:  # two CTAs a multiprocessor: one multiplies while the other widens
+        return PrefillSizes(rows=64, tile=64, warps=4, stages=3)
     if padded_dim <= 64:
         return PrefillSizes(rows=128, tile=64, warps=4, stages=3)
     return PrefillSizes(rows=128, tile=64 if padded_dim <= 128 else 32, warps=8, stages=3)
+
+
+def pays_to_cut(items: int, tiles: int, slots: int) -> bool:
+    """Whether ``items`` walks over ``tiles`` tiles each, ``slots`` of them at once, gain a fifth if they are cut."""
+    return -(-items // slots) * tiles * 4 >= 5 * (items * tiles / slots + JOINING)

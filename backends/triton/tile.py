@@ -113,9 +113,9 @@ def fold(query, power, keys, key_scales, value_scales, top, total, place, held, 
     if value_scales is None:
         new_top = tl.maximum(top, tl.max(scores, 1) * bits)
     else:
-        # Their exponents; less than -100 would let the sum of weights overflow.
-        lift = tl.maximum((value_scales.to(tl.int32, bitcast=True) >> 23) - 127, -100).to(tl.float32)
-        new_top = tl.maximum(top, tl.max(scores * bits + lift[None, :], 1))
+        # With their exponents, of which 127 is 0; less than -100 would let the sum of weights overflow.
+        lift = tl.maximum(value_scales.to(tl.int32, bitcast=True) >> 23, 27).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(scores * bits + lift[None, :], 1) - 127.0)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
     weights = tl.exp2(scores * bits - shift[:, None])
     kept = tl.exp2(top - shift)
@@ -166,8 +166,7 @@ def walk(query, power, block, acc, top, total, key, value, key_scale, value_scal
         key_scales = None
         value_scales = None
         if key_scale is not None:
-            key_scales = load_scales(key_scale + scale_where, held, MASKED)
-            value_scales = load_scales(value_scale + scale_where, held, MASKED)
+            key_scales, value_scales = load_scales(key_scale, value_scale, scale_where, held, MASKED)
         weights, kept, top, total = fold(query, power, keys, key_scales, value_scales, top, total, place, held,
                                          position, slope, scale, softcap, window, CAUSAL, MASKED)  # fmt: skip
         if PAIRED:

@@ -8,8 +8,7 @@ import triton.language as tl
 
 from pagemgr.backends.interface import LARGEST, LEAST_SCALE, KVLayer
 
-from .device import on
-from .launch import Launcher, form, scale_strides
+from .launch import Launch, Launcher, scale_strides
 from .sizes import power_of_two
 
 TOKENS = 32
@@ -75,17 +74,22 @@ def write_kernel(
 _write = Launcher(write_kernel)
 
 
-def write_kv(key: torch.Tensor, value: torch.Tensor, kv: KVLayer, slot_mapping: torch.Tensor) -> None:
-    """Launch; arguments as in ``Backend.write_kv``, checked."""
+def prepare(key: torch.Tensor, value: torch.Tensor, kv: KVLayer) -> list[Launch]:
+    """For tensors of these shapes, strides and types; arguments as in ``Backend.write_kv``, checked."""
     num_tokens, kv_heads, dim = key.shape
     if num_tokens == 0:
-        return
+        return []
     block_size = kv.key.shape[2]
     strides = (*key.stride()[:2], *value.stride()[:2], *kv.key.stride()[:3], *scale_strides(kv))
-    with on(key.device):
-        _write(
+    return [
+        Launch(
+            _write,
             (-(-num_tokens // TOKENS), kv_heads, 1),
-            form(key, value, kv.key, kv.value, depends=(kv.key.dtype, *strides, block_size, dim)),
-            key, value, kv.key, kv.value, kv.key_scale, kv.value_scale, slot_mapping, num_tokens, *strides,
-            block_size, dim, power_of_two(dim), TOKENS, LARGEST.get(kv.key.dtype, 0.0), LEAST_SCALE,
-        )  # fmt: skip
+            (key.device, key.dtype, kv.key.dtype, strides, block_size, dim),
+            tuple,
+            (
+                num_tokens, *strides,
+                block_size, dim, power_of_two(dim), TOKENS, LARGEST.get(kv.key.dtype, 0.0), LEAST_SCALE,
+            ),
+        )
+    ]  # fmt: skip

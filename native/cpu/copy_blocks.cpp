@@ -1,4 +1,4 @@
-// Whole blocks within a tier, a pair a copy.
+// Whole blocks within a tier or between two, a pair a copy.
 #include <cstring>
 
 #include "kernels.hpp"
@@ -6,16 +6,17 @@
 namespace pagemgr {
 
 void copy_blocks(const pagemgr_copy_blocks_args &args) {
-    auto *pool = static_cast<char *>(args.pool);
+    const auto *source = static_cast<const char *>(args.source);
+    auto *target = static_cast<char *>(args.target);
     const bool many = args.num_pairs * args.block_bytes > (1 << 18);
 #pragma omp parallel for num_threads(args.run.num_threads) if (many)
     for (int64_t pair = 0; pair < args.num_pairs; pair++) {
         const int64_t from = args.pairs[2 * pair], to = args.pairs[2 * pair + 1];
-        if (from < 0 || from >= args.num_blocks || to < 0 || to >= args.num_blocks) {
+        if (from < 0 || from >= args.num_source_blocks || to < 0 || to >= args.num_target_blocks) {
             report(args.run, PAGEMGR_BAD_BLOCK);
             continue;
         }
-        std::memcpy(pool + to * args.block_stride_bytes, pool + from * args.block_stride_bytes, args.block_bytes);
+        std::memcpy(target + to * args.target_stride_bytes, source + from * args.source_stride_bytes, args.block_bytes);
     }
 }
 

@@ -16,7 +16,9 @@ int refuse(const pagemgr_attention_args &args) {
     if (kv.dtype != PAGEMGR_FLOAT16 && kv.dtype != PAGEMGR_BFLOAT16) {
         return fail(PAGEMGR_UNSUPPORTED, "dtype %d is neither float16 nor bfloat16", kv.dtype);
     }
-    if (kv.kv_dtype != PAGEMGR_KV_PLAIN) return fail(PAGEMGR_UNSUPPORTED, "a quantised pool");
+    if (kv.kv_dtype != PAGEMGR_KV_PLAIN && kv.kv_dtype != PAGEMGR_KV_FLOAT8_E4M3FN) {
+        return fail(PAGEMGR_UNSUPPORTED, "a pool quantised otherwise than to float8_e4m3fn");
+    }
     if (!contains(HEAD_DIMS, kv.head_dim)) return fail(PAGEMGR_UNSUPPORTED, "head_dim %d", kv.head_dim);
     if (!contains(BLOCK_SIZES, kv.block_size)) return fail(PAGEMGR_UNSUPPORTED, "block_size %d", kv.block_size);
     if (kv.num_kv_heads < 1 || args.num_q_heads < 1 || args.num_q_heads % kv.num_kv_heads) {
@@ -31,6 +33,19 @@ int refuse(const pagemgr_attention_args &args) {
         return fail(PAGEMGR_UNSUPPORTED, "more than 2^30 tokens in a batch or sequence");
     }
     return PAGEMGR_OK;
+}
+
+// Whether keys, values and scales can be read 16 bytes at a time.
+bool in_vectors_of_16_bytes(const pagemgr_kv &kv) {
+    const bool plain = kv.kv_dtype == PAGEMGR_KV_PLAIN;
+    uint64_t bits = reinterpret_cast<uint64_t>(kv.key) | reinterpret_cast<uint64_t>(kv.value);
+    for (int64_t stride : {kv.block_stride, kv.head_stride, kv.token_stride})
+        bits |= static_cast<uint64_t>(plain ? 2 * stride : stride);
+    if (!plain) {
+        bits |= reinterpret_cast<uint64_t>(kv.key_scale) | reinterpret_cast<uint64_t>(kv.value_scale) |
+                static_cast<uint64_t>(4 * kv.scale_block_stride) | static_cast<uint64_t>(4 * kv.scale_head_stride);
+    }
+    return bits % 16 == 0;
 }
 
 Problem problem_of(const pagemgr_attention_args &args) {
@@ -72,12 +87,10 @@ int32_t pagemgr_attention_workspace(const pagemgr_attention_args *args, int64_t 
 
 int32_t pagemgr_attention(const pagemgr_attention_args *args) {
     if (int status = refuse(*args)) return status;
-    const pagemgr_kv &kv = args->kv;
-    const uint64_t bits = reinterpret_cast<uint64_t>(kv.key) | reinterpret_cast<uint64_t>(kv.value) |
-                          static_cast<uint64_t>(2 * kv.block_stride) | static_cast<uint64_t>(2 * kv.head_stride) |
-                          static_cast<uint64_t>(2 * kv.token_stride);
-    if (bits % 16)
-        return fail(PAGEMGR_UNSUPPORTED, "keys and values must be aligned to 16 bytes, as must be their strides");
+    if (!in_vectors_of_16_bytes(args->kv)) {
+        return fail(PAGEMGR_UNSUPPORTED,
+                    "keys, values and scales must be aligned to 16 bytes, as must be their strides");
+    }
     if (args->num_tokens == 0) return PAGEMGR_OK;
     const OnDevice device(args->run.device_index);
     Problem problem = problem_of(*args);
@@ -89,7 +102,9 @@ int32_t pagemgr_attention(const pagemgr_attention_args *args) {
     }
     if (int status = split_kv(problem)) return status;
     if (args->max_query_len <= problem.few) return PAGEMGR_OK;
-    bool done;
-    if (int status = prefill_wgmma(problem, &done)) return status;
+    bool done = false;
+    if (args->kv.kv_dtype == PAGEMGR_KV_PLAIN) {
+        if (int status = prefill_wgmma(problem, &done)) return status;
+    }
     return done ? static_cast<int>(PAGEMGR_OK) : prefill(problem);
 }

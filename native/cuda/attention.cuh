@@ -156,6 +156,12 @@ int prefill(const Problem &problem);
 int plan_prefill_wgmma(Problem &problem, int64_t *workspace_bytes);
 int prefill_wgmma(const Problem &problem, bool *done);
 
+// Where the scale of a token's row lies among those of keys or values.
+__device__ __forceinline__ int64_t scale_offset(const Problem &problem, int64_t block, int token, int kv_head) {
+    const pagemgr_kv &kv = problem.args.kv;
+    return block * kv.scale_block_stride + kv_head * kv.scale_head_stride + (token & (kv.block_size - 1));
+}
+
 // Calls `act(T{}, std::integral_constant<int, head_dim>{})` for a dtype and head dim among those declared.
 template <typename Act> auto with_shape(const pagemgr_kv &kv, const Act &act) {
     const auto with_dim = [&](auto type) {
@@ -169,6 +175,13 @@ template <typename Act> auto with_shape(const pagemgr_kv &kv, const Act &act) {
         }
     };
     return kv.dtype == PAGEMGR_FLOAT16 ? with_dim(__half{}) : with_dim(__nv_bfloat16{});
+}
+
+// The same, with what the pool holds between the two: `act(T{}, S{}, …)`, S being T or E4m3.
+template <typename Act> auto with_stored(const pagemgr_kv &kv, const Act &act) {
+    return with_shape(kv, [&](auto type, auto dim) {
+        return kv.kv_dtype == PAGEMGR_KV_PLAIN ? act(type, type, dim) : act(type, E4m3{}, dim);
+    });
 }
 
 }  // namespace pagemgr

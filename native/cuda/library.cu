@@ -84,6 +84,7 @@ int32_t pagemgr_get_capabilities(pagemgr_capabilities *capabilities) {
     capabilities->device = PAGEMGR_CUDA;
     capabilities->graph_capture = 1;
     capabilities->dtypes = 1u << PAGEMGR_FLOAT16 | 1u << PAGEMGR_BFLOAT16;
+    capabilities->kv_dtypes = 1u << PAGEMGR_KV_FLOAT8_E4M3FN;
     capabilities->features = PAGEMGR_CAUSAL | PAGEMGR_NON_CAUSAL | PAGEMGR_SLIDING_WINDOW | PAGEMGR_SOFTCAP |
                              PAGEMGR_ALIBI | PAGEMGR_SINKS | PAGEMGR_LSE;
     int count = 0;

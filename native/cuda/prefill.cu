@@ -20,6 +20,7 @@ template <typename T, int DIM> struct Shared {
     T key[TOKENS][STRIDE];
     T value[TOKENS][STRIDE];
     int64_t offsets[2][TOKENS];  // of each token's row in key and value; -1: not to be read
+    float key_scales[2][TOKENS], value_scales[2][TOKENS];  // in a quantised pool; 0: not to be read
 };
 
 // The CTA's rows: a tile of one sequence, the tiles of all long sequences being numbered through.
@@ -67,6 +68,31 @@ __device__ __forceinline__ void load_rows(T (&target)[TOKENS][DIM + 8], const vo
                               static_cast<const T *>(source) + max(offset, int64_t{0}) + chunk * 8, offset >= 0);
     }
     commit_copies();
+}
+
+// The same from a quantised pool, times the scales if there are any. Keys have none here: rounded to T once more, they
+// would shift the logits.
+template <typename T, int DIM>
+__device__ __forceinline__ void widen_rows(T (&target)[TOKENS][DIM + 8], const void *source,
+                                           const int64_t (&offsets)[TOKENS], const float *scales) {
+    constexpr int CHUNKS = DIM / 16;  // of a row, 16 elements each
+    for (int vector = threadIdx.x; vector < TOKENS * CHUNKS; vector += THREADS) {
+        const int row = vector / CHUNKS, chunk = vector % CHUNKS;
+        const float scale = scales ? scales[row] : 1;
+        uint4 elements = make_uint4(0, 0, 0, 0);
+        if (offsets[row] >= 0)
+            elements = *reinterpret_cast<const uint4 *>(static_cast<const char *>(source) + offsets[row] + chunk * 16);
+        const uint32_t fours[4] = {elements.x, elements.y, elements.z, elements.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint2 pairs;
+            widen<__half>(fours[i], pairs.x, pairs.y);
+            const float2 low = __half22float2(reinterpret_cast<const __half2 &>(pairs.x));
+            const float2 high = __half22float2(reinterpret_cast<const __half2 &>(pairs.y));
+            *reinterpret_cast<uint2 *>(&target[row][chunk * 16 + 4 * i]) =
+                make_uint2(pack<T>(low.x * scale, low.y * scale), pack<T>(high.x * scale, high.y * scale));
+        }
+    }
 }
 
 // The state of a warp's rows: row g + 8r of row tile m is [m][r], with g = lane / 4.
@@ -232,6 +258,7 @@ __global__ void __launch_bounds__(THREADS) prefill_kernel(const __grid_constant_
     const int first = Visible(problem, sequence, low).first, stop = Visible(problem, sequence, high).last + 1;
     const int origin = first & ~(TOKENS - 1), tiles = stop > origin ? (stop - origin + TOKENS - 1) / TOKENS : 0;
     const int32_t *table = args.block_table + work.index * args.table_stride;
+    const bool quantised = args.kv.kv_dtype != PAGEMGR_KV_PLAIN;
     const auto find_block = [&](int tile) {
         const int token = origin + tile * TOKENS + thread;
         return thread < TOKENS && token >= sequence.first && token < sequence.stop ? table[token >> problem.block_shift]
@@ -241,7 +268,23 @@ __global__ void __launch_bounds__(THREADS) prefill_kernel(const __grid_constant_
         const int token = origin + tile * TOKENS + thread;
         if (thread >= TOKENS) return;
         const bool readable = token >= sequence.first && token < sequence.stop;
-        shared.offsets[tile % 2][thread] = readable ? kv_offset(problem, existing(problem, block), token, kv_head) : -1;
+        const int64_t id = readable ? existing(problem, block) : 0;
+        shared.offsets[tile % 2][thread] = readable ? kv_offset(problem, id, token, kv_head) : -1;
+        if (quantised) {
+            const int64_t scale = scale_offset(problem, id, token, kv_head);
+            shared.key_scales[tile % 2][thread] = readable ? args.kv.key_scale[scale] : 0;
+            shared.value_scales[tile % 2][thread] = readable ? args.kv.value_scale[scale] : 0;
+        }
+    };
+    const auto load_keys = [&](int tile) {
+        const auto &offsets = shared.offsets[tile % 2];
+        if (quantised) widen_rows<T, DIM>(shared.key, args.kv.key, offsets, nullptr);
+        else load_rows<T, DIM>(shared.key, args.kv.key, offsets);
+    };
+    const auto load_values = [&](int tile) {
+        const auto &offsets = shared.offsets[tile % 2];
+        if (quantised) widen_rows<T, DIM>(shared.value, args.kv.value, offsets, shared.value_scales[tile % 2]);
+        else load_rows<T, DIM>(shared.value, args.kv.value, offsets);
     };
     Rows<T, DIM> rows;
     const bool plain = problem.softcap == 0 && !args.alibi_slopes && problem.scale > 0;
@@ -249,14 +292,16 @@ __global__ void __launch_bounds__(THREADS) prefill_kernel(const __grid_constant_
     int next_block = find_block(1);
     find_offset(0, find_block(0));
     __syncthreads();
-    if (tiles > 0) load_rows<T, DIM>(shared.key, args.kv.key, shared.offsets[0]);
+    if (tiles > 0) load_keys(0);
     for (int tile = 0; tile < tiles; ++tile) {
         wait_for_copies();
         __syncthreads();  // the keys are here, and nobody reads values any more
-        load_rows<T, DIM>(shared.value, args.kv.value, shared.offsets[tile % 2]);
+        load_values(tile);
         find_offset(tile + 1, next_block);
         next_block = find_block(tile + 2);
         rows.multiply_keys(shared);
+        if (quantised)
+            rows.for_each_logit([&](float &x, int, int, int column) { x *= shared.key_scales[tile % 2][column]; });
         const int token = origin + tile * TOKENS;
         const bool masked = token < first || token + TOKENS > sequence.stop ||
                             (args.causal && token + TOKENS - 1 > low) ||
@@ -273,7 +318,7 @@ __global__ void __launch_bounds__(THREADS) prefill_kernel(const __grid_constant_
         rows.weigh(scale);
         wait_for_copies();
         __syncthreads();  // the values are here, and nobody reads keys any more
-        if (tile + 1 < tiles) load_rows<T, DIM>(shared.key, args.kv.key, shared.offsets[(tile + 1) % 2]);
+        if (tile + 1 < tiles) load_keys(tile + 1);
         rows.multiply_values(shared);
     }
     write_rows<T, DIM>(problem, work, kv_head, rows, scale);

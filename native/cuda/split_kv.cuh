@@ -14,19 +14,26 @@ constexpr int ROWS = 16;           // of a unit
 __host__ __device__ constexpr int tile_tokens(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 // What CTAs tell each other of cut units. CTA c has slot 2c for the part that it continues, 2c + 1 for one that it
-// begins.
+// begins; the parts of the latter's unit are counted in arrivals[c].
 struct Workspace {
-    uint64_t *flags;  // [2 * ctas]
-    float2 *sums;     // [2 * ctas][ROWS]: largest logit, sum of weights
-    float *outs;      // [2 * ctas][ROWS][head_dim]
+    uint64_t *arrivals;  // [2 * ctas]
+    float2 *sums;        // [2 * ctas][ROWS]: largest logit, sum of weights
+    float *outs;         // [2 * ctas][ROWS][head_dim]
 
     __device__ Workspace(void *memory, int ctas) {
-        flags = static_cast<uint64_t *>(memory);
-        sums = reinterpret_cast<float2 *>(flags + 2 * ctas);
+        arrivals = static_cast<uint64_t *>(memory);
+        sums = reinterpret_cast<float2 *>(arrivals + 2 * ctas);
         outs = reinterpret_cast<float *>(sums + 2 * ctas * ROWS);
     }
     static int64_t bytes(int64_t ctas, int head_dim) {
         return 2 * ctas * static_cast<int64_t>(sizeof(uint64_t) + ROWS * (sizeof(float2) + sizeof(float) * head_dim));
+    }
+
+    // Makes a count that nobody has arrived at yet, whatever the memory held, if nobody else has.
+    __device__ __forceinline__ void open(int first, uint64_t number) const {
+        auto *count = reinterpret_cast<unsigned long long *>(arrivals + first);
+        const uint64_t found = *const_cast<volatile unsigned long long *>(count);
+        if (found - number > gridDim.x) atomicCAS(count, found, number);
     }
 };
 
@@ -67,6 +74,21 @@ struct Share {
     int start, count, size;  // its first tile, its tiles, the tiles of a full share
 };
 
+// Tables of few sequences come to the L2 while the lengths are read.
+__device__ __forceinline__ void fetch_tables(const Problem &problem) {
+    constexpr int ENTRIES = 32;  // 128 bytes
+    const pagemgr_attention_args &args = problem.args;
+    const int thread = blockIdx.x * THREADS + threadIdx.x;
+    const int lines = static_cast<int>(((args.max_seq_len - 1) >> problem.block_shift) / ENTRIES) + 1;
+    const int row = thread / lines;
+    if (row < args.num_seqs) fetch_to_l2(args.block_table + row * args.table_stride + (thread - row * lines) * ENTRIES);
+}
+
+// By one CTA for all kernels, those of prefill included.
+__device__ __forceinline__ void check_length(const Problem &problem, const Sequence &sequence, int index) {
+    if (sequence.stop != problem.args.seq_lens[index]) report(problem.args.run, PAGEMGR_BAD_LENGTH);
+}
+
 // This CTA's share of the line, and the place where it starts.
 template <int TOKENS>
 __device__ __forceinline__ Share find_share(const Problem &problem, Cursor<TOKENS> &cursor) {
@@ -79,8 +101,7 @@ __device__ __forceinline__ Share find_share(const Problem &problem, Cursor<TOKEN
     for (int i = begin; i < end; ++i) {
         cursor.enter(problem, i);
         mine += cursor.cost();
-        if (blockIdx.x == 0 && cursor.sequence.stop != problem.args.seq_lens[i])
-            report(problem.args.run, PAGEMGR_BAD_LENGTH);  // once, for the kernels of prefill, too
+        if (blockIdx.x == 0) check_length(problem, cursor.sequence, i);
     }
     int prefix = mine;
 #pragma unroll
@@ -125,21 +146,20 @@ struct Parts {
     __device__ __forceinline__ int slot(int part) const { return part == 0 ? 2 * first + 1 : 2 * (first + part); }
 };
 
-// Raises this CTA's flag, once its part is written. Whether all parts of the unit are there; of the CTAs that arrive at
-// once, several may learn so, and then do the same.
-__device__ __forceinline__ bool arrive(const Workspace &workspace, uint64_t number, const Parts &parts, int slot) {
-    __threadfence();
+// Tells that this CTA's part is written. Whether it was the last one of the unit: then all can be read.
+__device__ __forceinline__ bool arrive(const Workspace &workspace, uint64_t number, const Parts &parts) {
     meet<READERS>();
-    bool all = true;
-    if (threadIdx.x < 32) {
-        volatile uint64_t *flags = workspace.flags;
-        if (threadIdx.x == 0) flags[slot] = number;
-        __threadfence();  // by all lanes: nobody reads the others' flags before its own is up
-        __syncwarp();
-        for (int part = threadIdx.x; part < parts.count(); part += 32) all &= flags[parts.slot(part)] == number;
-        __threadfence();
+    bool last = true;
+    if (threadIdx.x == 0) {
+        uint64_t before;
+        asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;"
+                     : "=l"(before)
+                     : "l"(workspace.arrivals + parts.first)
+                     : "memory");
+        last = before - number == static_cast<uint64_t>(parts.count() - 1);
+        if (last) workspace.arrivals[parts.first] = number;  // for the next replay of a graph
     }
-    return meet_and<READERS>(all);
+    return meet_and<READERS>(last);
 }
 
 // Running softmax of four neighbouring outputs.
@@ -175,6 +195,20 @@ struct Combined {
         out.x = out.x * shrink + weight * outs.x, out.y = out.y * shrink + weight * outs.y;
         out.z = out.z * shrink + weight * outs.z, out.w = out.w * shrink + weight * outs.w;
     }
+
+    // To four columns of a row of the sequence and K/V head.
+    template <typename T, int DIM>
+    __device__ __forceinline__ void write(const Problem &problem, const Sequence &sequence, int kv_head, int row,
+                                          int column) const {
+        const pagemgr_attention_args &args = problem.args;
+        const Row where(problem, sequence, kv_head, row);
+        const Closing closing(problem, where.head, largest, sum);
+        const int64_t offset = static_cast<int64_t>(where.token) * args.num_q_heads + where.head;
+        *reinterpret_cast<uint2 *>(static_cast<T *>(args.out) + offset * DIM + column) =
+            make_uint2(pack<T>(out.x * closing.factor, out.y * closing.factor),
+                       pack<T>(out.z * closing.factor, out.w * closing.factor));
+        if (args.lse && column == 0) args.lse[offset] = closing.lse;
+    }
 };
 
 // Writes the rows of a cut unit from all of its parts. A thread takes four neighbouring outputs, and only some of the
@@ -183,7 +217,6 @@ template <typename T, int DIM>
 __device__ __forceinline__ void combine(const Problem &problem, const Workspace &workspace, const Sequence &sequence,
                                         int unit, int kv_head, const Parts &parts, float *scratch) {
     constexpr int COLUMNS = DIM / 4;
-    const pagemgr_attention_args &args = problem.args;
     const int items = min(ROWS, sequence.num_queries * problem.group - unit * ROWS) * COLUMNS;
     const int ways = max(1, READERS / items), way = ways == 1 ? 0 : threadIdx.x / items;
     for (int item = threadIdx.x - way * items; item < items; item += READERS) {
@@ -201,15 +234,8 @@ __device__ __forceinline__ void combine(const Problem &problem, const Workspace 
                 combined.add(make_float2(other[0], other[1]), make_float4(other[2], other[3], other[4], other[5]));
             }
         }
-        const Row where(problem, sequence, kv_head, unit * ROWS + row);
-        const Closing closing(problem, where.head, combined.largest, combined.sum);
-        const int64_t offset = static_cast<int64_t>(where.token) * args.num_q_heads + where.head;
-        *reinterpret_cast<uint2 *>(static_cast<T *>(args.out) + offset * DIM + column) =
-            make_uint2(pack<T>(combined.out.x * closing.factor, combined.out.y * closing.factor),
-                       pack<T>(combined.out.z * closing.factor, combined.out.w * closing.factor));
-        if (args.lse && column == 0) args.lse[offset] = closing.lse;
+        combined.write<T, DIM>(problem, sequence, kv_head, unit * ROWS + row, column);
     }
-    for (int part = threadIdx.x; part < parts.count(); part += READERS) workspace.flags[parts.slot(part)] = 0;
     meet<READERS>();  // before anybody uses the scratch for something else
 }
 

@@ -1,9 +1,10 @@
 // The shared memory of a CTA of split_kv, and the warp that fills it.
 //
-//   keys of a tile in shared memory:   run 0 │16 B│ run 1 │16 B│ … run 7 │16 B│        a run: 16 (8) tokens
+//   keys of a tile in shared memory:   run 0 │32 B│ run 1 │32 B│ … run 7 │32 B│        a run: 16 (8) tokens
 //
-// The rows of an 8 × 8 matrix for ldmatrix are token j of each of the 8 runs, which by the 16 bytes lie in different
-// banks. Tokens are therefore counted in the order (j, run) between the logits and the values: "columns".
+// The rows of an 8 × 8 matrix for ldmatrix are token j of each of the 8 runs. By the 32 bytes no more than two of them
+// lie in the same banks; by 16 they would all lie apart, but bulk copies to such addresses are 2 % slower in all.
+// Tokens are therefore counted in the order (j, run) between the logits and the values: "columns".
 #pragma once
 
 #include "split_kv.cuh"
@@ -11,24 +12,35 @@
 namespace pagemgr {
 
 constexpr int RUNS = 8;
-constexpr int MOST_STAGES = 4;
+constexpr int MOST_STAGES = 8;
 
 // Two tiles, or 128 KiB of small ones: what is under way beyond that makes multiprocessors wait for each other.
-constexpr int most_stages(int head_dim) {
-    const int fit = (128 << 10) / (4 * tile_tokens(head_dim) * head_dim);
+template <typename S> constexpr int most_stages(int head_dim) {
+    const int fit = (128 << 10) / (2 * static_cast<int>(sizeof(S)) * tile_tokens(head_dim) * head_dim);
     return fit > 2 ? fit : 2;
 }
 
-template <typename T, int DIM> struct Shared {
+// Two scales for each token of a tile, unless nothing is quantised.
+template <int TOKENS, bool QUANTISED> struct Scales {};
+template <int TOKENS> struct Scales<TOKENS, true> {
+    alignas(16) float of[2][TOKENS];
+};
+
+// T is the type of queries and products, S what the pool holds.
+template <typename T, typename S, int DIM> struct Shared {
+    static constexpr bool QUANTISED = !std::is_same_v<T, S>;
     static constexpr int TOKENS = tile_tokens(DIM), RUN_TOKENS = TOKENS / RUNS;
-    static constexpr int RUN = RUN_TOKENS * DIM + 8;  // elements
-    static constexpr int QUERY_STRIDE = DIM + 8, SCORE_STRIDE = TOKENS + 8;
+    static constexpr int RUN = RUN_TOKENS * DIM + 32 / static_cast<int>(sizeof(S));  // elements
+    static constexpr int QUERY_STRIDE = DIM + (QUANTISED ? 16 : 8);  // so that its rows are read from different banks
+    static constexpr int SCORE_STRIDE = TOKENS + 8;
     struct Stage {
-        T key[RUNS][RUN];
-        T value[RUNS][RUN];
+        alignas(128) S key[RUNS][RUN];
+        alignas(128) S value[RUNS][RUN];
+        Scales<TOKENS, QUANTISED> scales;  // of keys, of values
     };
     alignas(16) T query[ROWS][QUERY_STRIDE];
     alignas(16) float scores[2][ROWS][SCORE_STRIDE];  // [][][column], of this tile and the next
+    Scales<TOKENS, QUANTISED> factors;  // of values, by column, of this tile and the next; 0 where none is to be read
     uint64_t full[MOST_STAGES], empty[MOST_STAGES];
     alignas(128) Stage stage[1];  // as many as there is memory for: problem.stages
 
@@ -36,7 +48,7 @@ template <typename T, int DIM> struct Shared {
 
     __device__ __forceinline__ void init(int stages) {
 #if __CUDA_ARCH__ >= 900
-        constexpr int ARRIVALS = 1;  // and the bytes
+        constexpr int ARRIVALS = QUANTISED ? 33 : 1;  // with the lanes' scales; and the bytes
 #else
         constexpr int ARRIVALS = 32;
 #endif
@@ -59,8 +71,9 @@ struct Turn {
 // The warp that loads. Each of the lower 16 lanes has a piece of the keys, each of the upper ones of the values: a run
 // or, if a block is smaller, half of one. It knows the block of its piece in the tile that comes next, so that reading
 // the table is never waited for.
-template <typename T, int DIM> struct Loader {
-    using Memory = Shared<T, DIM>;
+template <typename T, typename S, int DIM> struct Loader {
+    using Memory = Shared<T, S, DIM>;
+    static constexpr int ROW_BYTES = DIM * static_cast<int>(sizeof(S));
     const Problem &problem;
     Memory &shared;
     Cursor<Memory::TOKENS> cursor;
@@ -84,15 +97,23 @@ template <typename T, int DIM> struct Loader {
         const int stop = idle() ? first : min(max(cursor.sequence.stop - start, first), size);  // those to read
         const bool of_value = lane >= 16;
         auto &runs = of_value ? shared.stage[stage].value : shared.stage[stage].key;
-        T *target = runs[piece / Memory::RUN_TOKENS % RUNS] + piece % Memory::RUN_TOKENS * DIM;
-        const T *source =
-            static_cast<const T *>(of_value ? kv.value : kv.key) +
-            kv_offset(problem, first < stop ? existing(problem, block) : 0, start, cursor.kv_head);
-        const uint32_t barrier = shared_address(&shared.full[stage]);
+        S *target = runs[piece / Memory::RUN_TOKENS % RUNS] + piece % Memory::RUN_TOKENS * DIM;
+        const int64_t id = first < stop ? existing(problem, block) : 0;
+        const S *source =
+            static_cast<const S *>(of_value ? kv.value : kv.key) + kv_offset(problem, id, start, cursor.kv_head);
+        const int64_t scale = scale_offset(problem, id, start, cursor.kv_head);
+        const int scale_bytes = Memory::QUANTISED && first < stop ? size * static_cast<int>(sizeof(float)) : 0;
+        const float *scales = (of_value ? kv.value_scale : kv.key_scale) + scale;  // of the whole piece
+        uint32_t scales_target = 0;
+        if constexpr (Memory::QUANTISED)
+            scales_target = shared_address(&shared.stage[stage].scales.of[of_value][piece % Memory::TOKENS]);
         if (of_value && !idle() && stop - first < size) clear(target, first, stop);
         __syncwarp();
+        const uint32_t barrier = shared_address(&shared.full[stage]);
+        for (int i = 0; i < scale_bytes; i += 16) copy_16_async(scales_target + i, scales + i / sizeof(float));
 #if __CUDA_ARCH__ >= 900
-        const int bytes = (stop - first) * DIM * static_cast<int>(sizeof(T));
+        if constexpr (Memory::QUANTISED) arrive_after_copies(barrier);
+        const int bytes = (stop - first) * ROW_BYTES;
         const int total = __reduce_add_sync(~0u, bytes);
         if (lane == 0) arrive_expecting(barrier, total);
         __syncwarp();
@@ -102,17 +123,16 @@ template <typename T, int DIM> struct Loader {
             copy_bulk(shared_address(target + first * DIM), source + first * DIM, bytes, barrier, policy);
         } else {
             for (int i = first; i < stop; ++i)
-                copy_bulk(shared_address(target + i * DIM), source + i * kv.token_stride, DIM * sizeof(T), barrier,
-                          policy);
+                copy_bulk(shared_address(target + i * DIM), source + i * kv.token_stride, ROW_BYTES, barrier, policy);
         }
 #else
-        constexpr int CHUNKS = DIM / 8;
+        constexpr int CHUNKS = ROW_BYTES / 16;
         for (int i = 0; i < 32; ++i) {  // the whole warp copies one piece after the other
-            T *to = reinterpret_cast<T *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(target), i));
-            const T *from = reinterpret_cast<const T *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(source), i));
+            S *to = reinterpret_cast<S *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(target), i));
+            const S *from = reinterpret_cast<const S *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(source), i));
             const int begin = __shfl_sync(~0u, first, i), end = __shfl_sync(~0u, stop, i);
             for (int chunk = begin * CHUNKS + lane; chunk < end * CHUNKS; chunk += 32) {
-                const int token = chunk / CHUNKS, element = chunk % CHUNKS * 8;
+                const int token = chunk / CHUNKS, element = chunk % CHUNKS * (DIM / CHUNKS);
                 copy_16_async(shared_address(to + token * DIM + element), from + token * kv.token_stride + element);
             }
         }
@@ -121,10 +141,11 @@ template <typename T, int DIM> struct Loader {
     }
 
     // Values of tokens that must not be read, for whatever stood there would be multiplied by 0, and 0 * NaN is NaN.
-    __device__ __forceinline__ void clear(T *target, int first, int stop) const {
+    __device__ __forceinline__ void clear(S *target, int first, int stop) const {
         for (int i = 0; i < size; ++i) {
             if (i >= first && i < stop) continue;
-            for (int j = 0; j < DIM; j += 8) *reinterpret_cast<uint4 *>(target + i * DIM + j) = make_uint4(0, 0, 0, 0);
+            char *row = reinterpret_cast<char *>(target + i * DIM);
+            for (int j = 0; j < ROW_BYTES; j += 16) *reinterpret_cast<uint4 *>(row + j) = make_uint4(0, 0, 0, 0);
         }
 #if __CUDA_ARCH__ >= 900
         fence_async();

@@ -69,6 +69,37 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
     }
 }
 
+// What a quantised pool holds: 8 bits, of which the arithmetic is done in the type of the queries.
+struct E4m3 {
+    uint8_t bits;
+};
+
+// Four of them as two pairs of halves.
+__device__ __forceinline__ void widen_to_half(uint32_t four, uint32_t &low, uint32_t &high) {
+#if __CUDA_ARCH__ >= 890
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+        : "=r"(low), "=r"(high)
+        : "r"(four));
+#else
+    const auto shifted = [](uint32_t bytes) {  // each at the top of a half, where their exponents are 15 - 7 too small
+        const uint32_t bits = (bytes & 0x80008000) | (bytes & 0x7f007f00) >> 1;
+        const __half2 pair = __hmul2(reinterpret_cast<const __half2 &>(bits), __float2half2_rn(256));
+        return reinterpret_cast<const uint32_t &>(pair);
+    };
+    low = shifted(__byte_perm(four, 0, 0x1404)), high = shifted(__byte_perm(four, 0, 0x3424));
+#endif
+}
+
+// Four of them as two pairs of T, exactly.
+template <typename T> __device__ __forceinline__ void widen(uint32_t four, uint32_t &low, uint32_t &high) {
+    widen_to_half(four, low, high);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const float2 a = __half22float2(reinterpret_cast<const __half2 &>(low));
+        const float2 b = __half22float2(reinterpret_cast<const __half2 &>(high));
+        low = pack<T>(a.x, a.y), high = pack<T>(b.x, b.y);
+    }
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -115,6 +146,11 @@ template <int Threads> __device__ __forceinline__ bool meet_and(bool condition) 
     return all;
 }
 
+// This thread arrives once all its copy_16_async so far are done.
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -144,11 +180,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void *source, i
 
 // What this thread wrote to shared memory comes before later bulk copies and wgmma.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#else
-// This thread arrives once all its copy_16_async so far are done.
-__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
 #endif
 
 }  // namespace pagemgr

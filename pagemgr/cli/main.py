@@ -81,9 +81,9 @@ class LazyGroup(click.Group):
 )
 def main(verbose: int, log_format: str) -> None:
     """The memory manager that an LLM inference engine embeds for its KV cache."""
-    if verbose:
-        handler = logging.StreamHandler()
-        handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-        logger = logging.getLogger("pagemgr")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logger = logging.getLogger("pagemgr" if verbose else "pagemgr.native")  # a build takes a while: say it
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+    click.get_current_context().call_on_close(lambda: logger.removeHandler(handler))

@@ -34,10 +34,11 @@ from .state import Flight, Move, Part, Row
 
 Refusal = PagemgrError | type[PagemgrError] | None
 Answer = TypeVar("Answer")
-_COUNTED = {
-    "OutOfBlocks": "out_of_blocks",
-    "OutOfSequences": "out_of_sequences",
-    "SequenceTooLong": "sequence_too_long",
+_COUNTED: dict[type[PagemgrError], str] = {
+    OutOfBlocks: "out_of_blocks",
+    OutOfSequences: "out_of_sequences",
+    SequenceTooLong: "sequence_too_long",
+    PinQuotaExceeded: "pin_quota_exceeded",
 }
 _STATES = ("null", "free", "open", "full", "cached", "fenced")
 _OWNER = "me"
@@ -83,6 +84,9 @@ class Pair:
         self.transfers: dict[Move, Transfer] = {}
         self.pins: dict[Pin, list[int]] = {}
         self.refused: Counter[str] = Counter()
+        """Calls that were refused as they had to be, by the error's name."""
+        self.failures: Counter[str] = Counter()
+        """Those of them that the manager counts, by the names that it counts them under."""
 
     def settle(self) -> None:
         """Let both see which fences have passed: a call that is refused need not have looked."""
@@ -100,6 +104,9 @@ class Pair:
             if type(error) is not kind or (isinstance(refused, PagemgrError) and vars(error) != vars(refused)):
                 raise
             self.refused[kind.__name__] += 1
+            if kind in _COUNTED:
+                host = getattr(error, "tier", None) == "host"
+                self.failures["out_of_host_blocks" if host else _COUNTED[kind]] += 1
             return None
         assert refused is None, f"{verb.__name__} was not refused by {refused!r}"
         return answer
@@ -336,6 +343,11 @@ class Pair:
         assert (counters.cow_copies, counters.duplicate_blocks) == (totals["copies"], totals["duplicates"])
         assert (counters.tokens_committed, counters.draft_tokens) == (totals["tokens"], totals["drafts"])
         assert (counters.cleared_blocks, counters.invariant_violations) == (totals["cleared"], 0)
+        for direction in ("out", "in"):
+            moved = (counters.swapped_blocks[direction], counters.swapped_sequences[direction])
+            assert moved == (totals[f"blocks {direction}"], totals[f"sequences {direction}"])
+            assert counters.swap_failures[direction] == totals[f"cancel {direction}"]
+        assert +Counter(counters.failures) == self.failures
 
     def _compare_tier(self, tier: TierStats) -> None:
         states, totals = Counter(self.model.states(tier.name).values()), self.model.pools[tier.name].totals
@@ -347,6 +359,7 @@ class Pair:
         assert tier.references == references.total() - held.total()
         assert tier.pinned == sum(references[block] == count for block, count in held.items())
         assert tier.waste_slots == self.model.waste(tier.name)
+        assert tier.sequences == sum(row.tier == tier.name for row in self.model.rows)
 
     def _compare_names(self) -> None:
         """Who is found under each name; on the device children went before their parents."""

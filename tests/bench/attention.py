@@ -1,334 +1,225 @@
-"""Paged attention: every backend beside torch's attention over the same K and V already gathered, in one run.
+"""Paged attention: every backend beside its peers on the same K and V, in one run.
 
-    python -m tests.bench.attention --backend cpu
-    python -m tests.bench.attention --backend cuda --backend triton --device cuda --dtype bfloat16
-    python -m tests.bench.attention --backend cpu --threads 1 --only decode --json out.json --plot roofline.png --record
+    python -m tests.bench.attention --backend cpu --threads 1 --json out.json --plot roofline.png --record
+    python -m tests.bench.attention --device cuda --backend cuda --backend triton
 
-Each shape is built afresh, checked against the reference backend, then timed: the candidates take turns, and each is
-given by its median. The ceiling of a shape is the time to read its K and V once, contiguous, in the same turns.
-
-On one thread the clock is the thread's CPU time, which other work on the machine disturbs least; on more it is the
-wall's, and on a GPU that of its events. A call includes the Python around it.
+Each shape is built afresh, with NaN wherever nothing was written; each output is compared with the reference in
+float32; then the candidates take turns, and each is given by its median. Peers are torch's attention over K and V
+already gathered and the ``torch`` backend on a CPU; on a GPU cuDNN (through torch, likewise contiguous),
+FlashAttention-3 on blocks of 128 where ``fa3_fwd_interface`` can be imported, and, as "noted", the best paged peer that
+was once measured on an H100 (see ``shapes``). Ceilings are those of the same run: reading the bytes of K and V
+contiguously (on a CPU as many of them, on a GPU 2 GiB) and torch's own matrix product. What the clocks count is said in
+``clocks``.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import torch
-import torch.nn.functional as F
 
-from pagemgr.backends import AttentionParams, Backend, KVLayer, create
-from pagemgr.backends.conformance import TOLERANCE
-from pagemgr.backends.reference import TorchBackend
-from pagemgr.batch import PagedBatch
+from pagemgr.backends import Backend, create
 from pagemgr.cli.output import print_table
-from pagemgr.layout import BlockLayout, DType, KVDType
-from pagemgr.storage import Storage
+from pagemgr.layout import KVDType
 
+from . import ceilings, moving
+from .clocks import CpuClock, GpuClock
+from .peers import peers
+from .problem import TOLERANCE, Problem, attend, build
 from .roofline import draw
+from .shapes import ON_CPU, ON_GPU, Shape, noted
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 DTYPES = ("float32", "float16", "bfloat16")
-SDPA, READ, REFERENCE = "sdpa", "read", "torch"
-PATIENCE = 2.0
-"""Seconds that one shape may be timed for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """``batch`` sequences of ``context`` tokens, of which all (prefill) or one (decode) are new."""
-
-    kind: str
-    batch: int
-    context: int
-    kv_heads: int
-    group: int
-    head_dim: int
-
-    @property
-    def new(self) -> int:
-        return self.context if self.kind == "prefill" else 1
-
-    @property
-    def kv_elements(self) -> int:
-        return 2 * self.batch * self.context * self.kv_heads * self.head_dim
-
-    @property
-    def flops(self) -> int:
-        """Of the two products, with each query multiplied by the keys that it sees."""
-        seen = self.new * self.context - self.new * (self.new - 1) // 2
-        return 4 * self.batch * self.kv_heads * self.group * self.head_dim * seen
-
-    def __str__(self) -> str:
-        return f"{self.kind} b{self.batch} n{self.context} kv{self.kv_heads}x{self.group} d{self.head_dim}"
-
-
-DECODE = [
-    Shape("decode", batch, context, kv_heads, group, head_dim)
-    for batch, context in ((1, 128), (1, 2048), (1, 16384), (8, 1024), (16, 4096), (64, 128), (64, 1024))
-    for kv_heads, group, head_dim in ((8, 1, 64), (8, 4, 128), (2, 8, 128), (4, 4, 256), (8, 1, 128))
-]
-PREFILL = [
-    Shape("prefill", 1, context, kv_heads, group, head_dim)
-    for context in (512, 2048)
-    for kv_heads, group, head_dim in ((8, 1, 64), (8, 1, 128), (2, 4, 128), (1, 8, 256))
-]
+READ, NOTED = "read", "noted"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One backend on one shape. Times in seconds."""
+    """One backend on one shape. Seconds, bytes/s and flop/s."""
 
-    shape: Shape
+    shape: str
+    kind: str
     backend: str
     seconds: float
-    seconds_sdpa: float
-    seconds_read: float
-    seconds_reference: float | None
     bytes_read: int
+    flops: int
+    bandwidth: float
+    """At which such bytes can be read."""
+    faster: dict[str, float]
+    """How many times as fast as each peer."""
     error: float
 
-    @property
-    def ratio(self) -> float:
-        """Above 1: faster than torch on contiguous K/V."""
-        return self.seconds_sdpa / self.seconds
 
-    @property
-    def share(self) -> float:
-        """Of the time in which K and V, not quantised, can be read."""
-        return self.seconds_read / self.seconds
+@dataclass(frozen=True)
+class Table:
+    """Rows as they are printed and recorded."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.columns, *self.rows)]
+        lines.insert(1, "|" + "---|" * len(self.columns))
+        return "\n".join(lines)
 
 
 class Bench:
-    """Builds shapes on one device, and times what is called on them."""
+    """Times shapes on one device."""
 
-    def __init__(
-        self, backends: list[str], device: str, dtype: str, kv_dtype: str, threads: int, block_size: int
-    ) -> None:
-        self.backends, self.device, self.dtype, self.block_size = backends, torch.device(device), dtype, block_size
-        self.kv_dtype, self.threads = kv_dtype, threads
+    def __init__(self, backends: Sequence[str], device: str, dtype: str, kv_dtype: str, threads: int) -> None:
+        self.backends, self.device, self.dtype, self.kv_dtype = backends, torch.device(device), dtype, kv_dtype
         torch.set_num_threads(threads)
-        self._generator = torch.Generator().manual_seed(0)
-
-    def clock(self) -> Callable[[], float]:
-        return time.thread_time if self.threads == 1 else time.perf_counter
+        torch.manual_seed(0)
+        self.clock = GpuClock() if self.device.type == "cuda" else CpuClock(threads)
+        self.hardware = ceilings.hardware(self.device, threads)
+        self.peak = ceilings.flops(self.clock, self.device, dtype)
+        self._bandwidth = ceilings.gpu_bandwidth(self.clock) if isinstance(self.clock, GpuClock) else None
 
     def run(self, shape: Shape) -> list[Row]:
-        """Every backend on one shape; ``AssertionError`` if one is wrong."""
-        query, kv, batch, key, value = self._build(shape)
-        params, layout = AttentionParams(), self._layout(shape)
-        made = {name: create(name, layout, shape.group, self.device) for name in [*self.backends, REFERENCE]}
-        calls = {name: _call(backend, query, kv, batch, params) for name, backend in made.items()}
-        heads = query.view(shape.batch, shape.new, -1, shape.head_dim).transpose(1, 2).contiguous()
-        causal, grouped = shape.new > 1, shape.group > 1
-        calls[SDPA] = lambda: F.scaled_dot_product_attention(heads, key, value, is_causal=causal, enable_gqa=grouped)
-        flat = [part.view(-1).view(torch.float32) for part in (key, value)]
-        calls[READ] = lambda: flat[0].dot(flat[0]) + flat[1].dot(flat[1])
-        expected = calls[REFERENCE]().double()
-        errors = {name: float((calls[name]().double() - expected).abs().max()) for name in self.backends}
-        tolerance = TOLERANCE[query.dtype] * max(1.0, float(expected.abs().max()))
-        for name, error in errors.items():
-            assert error <= tolerance, f"{name} on {shape}: off by {error}, more than {tolerance}"
-        times = self._time(calls)
-        held = layout.token_bytes * shape.batch * shape.context
-        return [
-            Row(shape, name, times[name], times[SDPA], times[READ], times[REFERENCE], held, errors[name])
-            for name in self.backends
-        ]
-
-    def _layout(self, shape: Shape) -> BlockLayout:
-        return BlockLayout(
-            1, shape.kv_heads, shape.head_dim, self.block_size, DType(self.dtype), KVDType(self.kv_dtype)
-        )
-
-    def _build(self, shape: Shape) -> tuple[torch.Tensor, KVLayer, PagedBatch, torch.Tensor, torch.Tensor]:
-        """Query, pool and batch with shuffled blocks; and keys and values ``[batch, heads, context, dim]``.
-
-        The last two are of the query's dtype: what a quantised pool makes of them, if it is one.
-        """
-        dtype, width = getattr(torch, self.dtype), -(-shape.context // self.block_size)
-        count = shape.batch * width
-        table = (1 + torch.randperm(count, generator=self._generator)).view(shape.batch, width).to(self.device)
-        made = Storage(self._layout(shape), {"device": 1 + count}, self.device, TorchBackend())
-        (kv,) = made.layers
-        new = torch.randn(2, (1 + count) * self.block_size, shape.kv_heads, shape.head_dim, generator=self._generator)
-        key, value = new.to(self.device, dtype)
-        TorchBackend().write_kv(key, value, kv, torch.arange(len(key), device=self.device))
-        tokens = shape.batch * shape.new
-        heads = shape.kv_heads * shape.group
-        query = torch.randn(tokens, heads, shape.head_dim, generator=self._generator).to(self.device, dtype)
-        batch = PagedBatch(
-            block_table=table.to(torch.int32),
-            seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=self.device),
-            query_start=torch.arange(0, tokens + 1, shape.new, dtype=torch.int32, device=self.device),
-            slot_mapping=torch.full((tokens,), -1, device=self.device),
-            max_query_len=shape.new,
-            max_seq_len=shape.context,
-        )
-        key, value = (
-            (part[table] if scale is None else part[table].float() * scale[table].unsqueeze(-1))
-            .transpose(1, 2)
-            .flatten(2, 3)[:, :, : shape.context]
-            .to(dtype)
-            .contiguous()
-            for part, scale in ((kv.key, kv.key_scale), (kv.value, kv.value_scale))
-        )
-        return query, kv, batch, key, value
-
-    def _time(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Median seconds of each; they take turns until the patience is over, the slowest ones less often."""
-        once = {name: self._seconds(call) for name, call in calls.items()}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        share = PATIENCE / len(calls)
-        rounds = {name: max(3, min(200, int(share / seconds))) for name, seconds in once.items()}
-        for turn in range(max(rounds.values())):
-            for name, call in calls.items():
-                if turn < rounds[name]:
-                    samples[name].append(self._seconds(call))
-        return {name: statistics.median(taken) for name, taken in samples.items()}
-
-    def _seconds(self, call: Callable[[], object]) -> float:
-        if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+        """Every backend that can do this shape; ``AssertionError`` if one is wrong."""
+        problem = build(shape, self.device, self.dtype, self.kv_dtype)
+        outs = {name: torch.full_like(problem.query, torch.nan) for name in self.backends}
+        calls = {name: attend(self.made(name, problem), problem, outs[name]) for name in self.backends}
+        errors = {}
+        for name, call in calls.items():
             call()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-        clock = self.clock()
-        start_time = clock()
-        call()
-        return clock() - start_time
+            errors[name] = problem.error(outs[name])
+            assert errors[name] <= TOLERANCE[problem.query.dtype], f"{name} on {shape}: relative error {errors[name]}"
+        others = peers(problem, self.dtype)
+        ceiling = {} if self._bandwidth else {READ: ceilings.reading(problem)}
+        times = self.clock.medians({**others, **calls, **ceiling})
+        bandwidth = self._bandwidth or (problem.key.nbytes + problem.value.nbytes) / times[READ]
+        rows = []
+        for name in self.backends:
+            faster = {peer: times[peer] / times[name] for peer in others if peer != name}
+            once = noted(shape, times[name]) if (self.dtype, self.kv_dtype) == ("bfloat16", "auto") else None
+            faster |= {} if once is None or not self._bandwidth else {NOTED: once}
+            rows.append(
+                Row(str(shape), shape.kind, name, times[name], problem.bytes_read, shape.flops, bandwidth, faster,
+                    errors[name])
+            )  # fmt: skip
+        return rows
 
-    def peak_flops(self) -> float:
-        """What torch's own matrix product reaches here, in flop/s."""
-        a, b = torch.randn(2, 1024, 1024, device=self.device, dtype=getattr(torch, self.dtype))
-        return 2 * 1024**3 / self._time({"matmul": lambda: a @ b})["matmul"]
+    def made(self, name: str, problem: Problem) -> Backend:
+        return create(name, problem.layout, problem.shape.group, self.device)
 
-    def hardware(self) -> str:
-        """What the numbers were taken on, in a few words."""
-        if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}"
-        return f"{_processor()}, {self.threads} thread(s), torch {torch.__version__}"
-
-
-def _call(
-    backend: Backend, query: torch.Tensor, kv: KVLayer, batch: PagedBatch, params: AttentionParams
-) -> Callable[[], torch.Tensor]:
-    out = torch.empty_like(query)
-    return lambda: backend.attention(query, kv, batch, params, out=out)
-
-
-def _processor() -> str:
-    names = [
-        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line
-    ]
-    return names[0] if names else platform.processor()
+    def moving(self) -> list[Table]:
+        """What moves K and V; on a GPU also what a call costs the host."""
+        small = build(ON_GPU[0], self.device, self.dtype)
+        made = {name: self.made(name, small) for name in self.backends}
+        tables = [Table("moving K and V", moving.MOVED, moving.moved(made, self.clock, self.device, self.dtype))]
+        if isinstance(self.clock, GpuClock):
+            tables.append(Table("a call of the host", moving.HOST, moving.host(made, self.device, self.dtype)))
+        return tables
 
 
-def _commit() -> str:
+def attention_table(title: str, rows: Sequence[Row], peak: float) -> Table:
+    """With a column for each peer that took part."""
+    seen = list(dict.fromkeys(peer for row in rows for peer in row.faster))
+    unit, per = ("TFLOP/s", 1e12) if peak > 1e13 else ("GFLOP/s", 1e9)
+    columns = ("shape", "backend", "µs", "GB/s", "of read", unit, "of peak", *(f"× {peer}" for peer in seen), "error")
+    return Table(title, columns, [
+        (
+            row.shape, row.backend, f"{row.seconds * 1e6:.1f}", f"{row.bytes_read / row.seconds / 1e9:.1f}",
+            f"{row.bytes_read / row.seconds / row.bandwidth:.0%}", f"{row.flops / row.seconds / per:.0f}",
+            f"{row.flops / row.seconds / peak:.0%}",
+            *(f"{row.faster[peer]:.2f}" if peer in row.faster else "" for peer in seen), f"{row.error:.0e}",
+        )
+        for row in rows
+    ])  # fmt: skip
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """For each backend, kind and peer: in how many rows it is at least as fast, and the worst of them."""
+    lines = []
+    for name, kind in dict.fromkeys((row.backend, row.kind) for row in rows):
+        mine = [row for row in rows if (row.backend, row.kind) == (name, kind)]
+        for peer in dict.fromkeys(peer for row in mine for peer in row.faster):
+            ratios = [row.faster[peer] for row in mine if peer in row.faster]
+            reached = sum(ratio >= 1 for ratio in ratios)
+            lines.append(f"{name}, {kind}: at least {peer} on {reached} of {len(ratios)}, worst {min(ratios):.2f}")
+    return lines
+
+
+def commit() -> str:
+    """Of the working tree."""
     command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
-COLUMNS = ("shape", "backend", "µs", "× sdpa", "× torch", "GB/s", "of read", "GFLOP/s", "error")
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table, in the order of ``COLUMNS``."""
-    reference = math.nan if row.seconds_reference is None else row.seconds_reference / row.seconds
-    return (
-        str(row.shape),
-        row.backend,
-        f"{row.seconds * 1e6:.0f}",
-        f"{row.ratio:.2f}",
-        f"{reference:.1f}",
-        f"{row.bytes_read / row.seconds / 1e9:.1f}",
-        f"{row.share:.0%}",
-        f"{row.shape.flops / row.seconds / 1e9:.0f}",
-        f"{row.error:.0e}",
-    )
-
-
-def record(rows: list[Row], bench: Bench) -> None:
-    """Append the table to RESULTS.md."""
-    lines = [f"\n## {datetime.now(UTC):%Y-%m-%d}, {', '.join(bench.backends)}, {bench.dtype}, K/V {bench.kv_dtype}\n"]
-    lines.append(
-        f"{bench.hardware()}; commit {_commit()}; `python -m tests.bench.attention {' '.join(sys.argv[1:])}`\n"
-    )
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+def roofline(path: Path, title: str, rows: Sequence[Row], peak: float) -> None:
+    """Backends and peers as points."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(row.backend, []).append((row.flops / row.bytes_read, row.flops / row.seconds))
+        for peer, ratio in row.faster.items():
+            points.setdefault(peer, []).append((row.flops / row.bytes_read, row.flops / row.seconds / ratio))
+    draw(path, title, max(row.bandwidth for row in rows), peak, points)
 
 
 @click.command()
 @click.option("--backend", "backends", multiple=True, default=("cpu",), show_default=True, help="May be repeated.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), help="float32 on a CPU and bfloat16 on a GPU unless given.")
 @click.option("--kv-dtype", type=click.Choice([kind.value for kind in KVDType]), default="auto", show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Of torch and of the cpu backend.")
-@click.option("--block-size", default=16, show_default=True)
-@click.option("--only", type=click.Choice(("decode", "prefill")), help="One kind of shape; both unless given.")
+@click.option("--only", type=click.Choice(("decode", "prefill", "moving")), help="One part; all unless given.")
 @click.option("--match", default="", help="Only shapes whose name contains this, such as 'b1 '.")
 @click.option("--json", "json_file", type=Path, help="Write every number to this file.")
 @click.option("--plot", type=Path, help="Draw a roofline to this PNG file.")
-@click.option("--record", "recorded", is_flag=True, help="Append the table to tests/bench/RESULTS.md.")
+@click.option("--record", "recorded", is_flag=True, help="Append the tables to tests/bench/RESULTS.md.")
 def main(
     backends: tuple[str, ...],
     device: str,
-    dtype: str,
+    dtype: str | None,
     kv_dtype: str,
     threads: int,
-    block_size: int,
     only: str | None,
     match: str,
     json_file: Path | None,
     plot: Path | None,
     recorded: bool,
 ) -> None:
-    """Time paged attention beside torch's own on the same K and V, contiguous."""
-    bench = Bench(list(backends), device, dtype, kv_dtype, threads, block_size)
-    shapes = [shape for shape in DECODE + PREFILL if only in {None, shape.kind} and match in str(shape)]
-    rows = []
+    """Time paged attention beside its peers."""
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
+    bench = Bench(backends, device, dtype, kv_dtype, threads)
+    shapes = [shape for shape in (ON_GPU if on_gpu else ON_CPU) if only in {None, shape.kind} and match in str(shape)]
+    rows: list[Row] = []
     for shape in shapes:
         rows += bench.run(shape)
-        click.echo("  ".join(cells(rows[-1])), err=True)
-    print_table(f"{bench.hardware()}, {dtype}, blocks of {block_size}", COLUMNS, [cells(row) for row in rows])
-    misses = [row for row in rows if row.ratio < (0.8 if row.shape.kind == "prefill" else 1)]
-    click.echo(f"{len(rows) - len(misses)} of {len(rows)} rows reach their goal (decode 1 × sdpa, prefill 0.8 ×)")
+        if on_gpu:
+            torch.cuda.empty_cache()  # the next shape's tensors have other sizes
+        click.echo(f"{rows[-1].shape}: {rows[-1].seconds * 1e6:.0f} µs", err=True)
+    tables = []
+    if rows:
+        tables.append(attention_table(f"{dtype}, K/V {kv_dtype}", rows, bench.peak))
+    if only == "moving" or not (only or match):
+        tables += bench.moving()
+    for table in tables:
+        print_table(f"{bench.hardware}: {table.title}", table.columns, table.rows)
+    for line in summary(rows):
+        click.echo(line)
+    facts = {"hardware": bench.hardware, "commit": commit(), "dtype": dtype, "kv_dtype": kv_dtype, "peak": bench.peak}
     if json_file is not None:
-        found = {
-            "hardware": bench.hardware(),
-            "commit": _commit(),
-            "dtype": dtype,
-            "rows": [asdict(row) for row in rows],
-        }
-        json_file.write_text(json.dumps(found, indent=2))
-    if plot is not None:
-        points = {
-            name: [
-                (row.shape.flops / row.bytes_read, row.shape.flops / row.seconds) for row in rows if row.backend == name
-            ]
-            for name in backends
-        }
-        points[SDPA] = [(row.shape.flops / row.bytes_read, row.shape.flops / row.seconds_sdpa) for row in rows]
-        bandwidth = max(row.bytes_read / row.seconds_read for row in rows)
-        draw(plot, f"{bench.hardware()}, {dtype}", bandwidth, bench.peak_flops(), points)
+        found = {table.title: table.rows for table in tables} | {"rows": [asdict(row) for row in rows]}
+        json_file.write_text(json.dumps(facts | found, indent=2))
+    if plot is not None and rows:
+        roofline(plot, f"{bench.hardware}, {dtype}", rows, bench.peak)
     if recorded:
-        record(rows, bench)
+        head = f"\n## {datetime.now(UTC):%Y-%m-%d}, {', '.join(backends)}, {dtype}, K/V {kv_dtype}\n\n"
+        head += f"{bench.hardware}; commit {commit()}; `python -m tests.bench.attention {' '.join(sys.argv[1:])}`\n"
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write("\n\n".join((head, *(table.markdown() for table in tables))) + "\n")
 
 
 if __name__ == "__main__":

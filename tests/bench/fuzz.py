@@ -23,7 +23,7 @@ from pagemgr.backends.interface import LARGEST
 from pagemgr.backends.native import NativeBackend
 from pagemgr.backends.reference import TorchBackend
 from pagemgr.batch import PagedBatch
-from pagemgr.layout import BlockLayout
+from pagemgr.layout import BlockLayout, DType
 from pagemgr.native.build import CPU_VARIANTS, DEFAULT_CACHE_DIR, cpu_recipe
 from pagemgr.native.build import build as build_library
 
@@ -113,7 +113,9 @@ def main(name: str, device: str, minutes: float, seed: int, threads: int, saniti
             check.run()
         click.echo(f"{len(found)} checks of the conformance suite pass on {backend.library.variant}")
     else:
-        backend = create(name, BlockLayout(num_layers=1, num_kv_heads=1, head_dim=64, block_size=16), 1, device)
+        dtype = DType.float32 if device == "cpu" else DType.float16
+        layout = BlockLayout(num_layers=1, num_kv_heads=1, head_dim=64, block_size=16, dtype=dtype)
+        backend = create(name, layout, 1, device)
     deadline, first = time.monotonic() + 60 * minutes, seed
     while time.monotonic() < deadline:
         generator = torch.Generator().manual_seed(seed)

@@ -146,8 +146,9 @@ class DenseBackend:
         out = torch.einsum("thm,tmhd->thd", weights, values) / torch.where(total == 0, 1, total)[..., None]
         return out, torch.log(total) + top
 
-    def copy_blocks(self, pool: torch.Tensor, pairs: torch.Tensor) -> None:
-        pool.index_copy_(0, pairs[:, 1], pool.index_select(0, pairs[:, 0]))
+    def copy_blocks(self, source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
+        blocks = source.index_select(0, pairs[:, 0].to(source.device))
+        target.index_copy_(0, pairs[:, 1].to(target.device), blocks.to(target.device))
 
     def merge(self, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = torch.zeros_like(outs[0]), torch.full_like(lses[0], -math.inf)

@@ -188,13 +188,35 @@ class SwapsKeyAndValue(DenseBackend):
 
 
 class CopiesBackwards(DenseBackend):
-    def copy_blocks(self, pool, pairs):
-        super().copy_blocks(pool, pairs.flip(1))
+    def copy_blocks(self, source, target, pairs):
+        super().copy_blocks(source, target, pairs.flip(1))
 
 
 class CopiesOneLayer(DenseBackend):
-    def copy_blocks(self, pool, pairs):
-        super().copy_blocks(pool[:, :1], pairs)
+    def copy_blocks(self, source, target, pairs):
+        super().copy_blocks(source[:, :1], target[:, :1], pairs)
+
+
+class CopiesWithinTheTarget(DenseBackend):
+    def copy_blocks(self, source, target, pairs):
+        super().copy_blocks(target, target, pairs % len(target))
+
+
+class CopiesWithinTheSource(DenseBackend):
+    def copy_blocks(self, source, target, pairs):
+        super().copy_blocks(source, source, pairs % len(source))
+
+
+class CountsTheBlocksOfOneTier(DenseBackend):
+    """Skips ids that are out of range there."""
+
+    def copy_blocks(self, source, target, pairs):
+        super().copy_blocks(source, target, pairs[(pairs < len(source)).all(1)])
+
+
+class CountsTheBlocksOfTheTarget(DenseBackend):
+    def copy_blocks(self, source, target, pairs):
+        super().copy_blocks(source, target, pairs[(pairs < len(target)).all(1)])
 
 
 class MergesWithoutMaximum(DenseBackend):

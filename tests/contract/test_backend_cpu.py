@@ -14,6 +14,7 @@ import torch
 from pagemgr.backends.cases import Case, build
 from pagemgr.backends.conformance import ConformanceSuite, checks
 from pagemgr.backends.cpu import CpuBackend
+from pagemgr.backends.interface import LARGEST
 from pagemgr.backends.library import FUNCTIONS
 from pagemgr.backends.native import NativeBackend
 from pagemgr.errors import InvalidInput
@@ -78,7 +79,7 @@ def test_ids_lengths_and_slots_out_of_range_are_errors_and_harm_nothing() -> Non
             backend.write_kv(torch.ones(1, 2, 64), torch.ones(1, 2, 64), kv, torch.tensor([slot]))
     for pair in ([1, count], [-1, 2]):
         with pytest.raises(InvalidInput, match="copy_blocks: a block id is not in the pool"):
-            backend.copy_blocks(given.pool, torch.tensor([pair]))
+            backend.copy_blocks(given.pool, given.pool, torch.tensor([pair]))
     assert torch.equal(given.pool, before)
     torch.testing.assert_close(
         backend.attention(given.query, kv, batch, given.params).double(), given.expected()[0], atol=5e-5, rtol=5e-5
@@ -95,3 +96,23 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
     args.workspace_bytes = size[0] - 1
     with pytest.raises(InvalidInput, match="the workspace is smaller than pagemgr_attention_workspace says"):
         library.call("attention", args)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, *LARGEST], ids=str)
+@pytest.mark.parametrize("new", [1, 40], ids="{}-new".format)
+def test_what_is_not_finite_is_seen_in_the_output_of_its_head_alone(new: int, kv_dtype: torch.dtype | None) -> None:
+    backend = CpuBackend()
+    for part, bad in ((0, torch.nan), (1, torch.nan), (0, torch.inf), (1, -torch.inf)):
+        case = Case(torch.float32, head_dim=64, block_size=16, group_size=2, seqs=((90, new), (40, 1)))
+        given = build(replace(case, kv_dtype=kv_dtype), torch.Generator().manual_seed(5), "cpu")
+        rows = torch.randn(2, 1, 2, 64)
+        rows[part, :, 1] = bad
+        slot = given.batch.block_table[0, 3:4].long() * 16 + 2  # position 50
+        backend.write_kv(rows[0], rows[1], given.kv, slot)
+        out = backend.attention(given.query, given.kv, given.batch, given.params)
+        seen = torch.arange(90 - new, 90) >= 50
+        finite = out.isfinite().all(-1)
+        assert not finite[:new][seen][:, 2:].any()
+        assert finite[:new][~seen].all()
+        assert finite[:, :2].all()
+        assert finite[new:].all()

@@ -15,6 +15,7 @@ from pagemgr.backends.conformance import ConformanceSuite
 from pagemgr.backends.cuda import CudaBackend
 from pagemgr.backends.reference import TorchBackend
 from pagemgr.batch import PagedBatch
+from pagemgr.errors import InvalidInput
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
@@ -56,6 +57,7 @@ def random_case(seed: int) -> Case:
         sinks=source.random() < 0.2,
         with_lse=True,
         poison=source.choice((torch.nan, torch.inf)),
+        kv_dtype=source.choice((None, torch.float8_e4m3fn)),
     )
 
 
@@ -151,5 +153,57 @@ def test_pools_beyond_two_to_the_31_elements(new: int) -> None:
     expected = TorchBackend().attention(query, small, at_home, params).float()
     out = backend.attention(query, kv, batch, params).float()
     assert float((out - expected).norm()) <= 1e-2 * float(expected.norm())
-    backend.copy_blocks(pool, torch.tensor([[blocks - 1, 0]], device="cuda"))
+    backend.copy_blocks(pool, pool, torch.tensor([[blocks - 1, 0]], device="cuda"))
     assert torch.equal(pool[0, -1].view(torch.int16), pool[blocks - 1, -1].view(torch.int16))
+
+
+@pytest.mark.gpu
+def test_what_is_out_of_range_is_raised_once_by_a_later_call_or_when_asked() -> None:
+    case = Case(torch.bfloat16, head_dim=64, block_size=16, group_size=2, seqs=((40, 1), (19, 3), (600, 200)))
+    given = build(case, torch.Generator().manual_seed(1), "cuda")
+    backend, kv, batch, params = CudaBackend(), given.kv, given.batch, given.params
+    blocks, before = len(given.pool), given.pool.clone()
+    tokens = torch.ones(1, *kv.key.shape[1::2], device="cuda", dtype=torch.bfloat16)
+
+    def attend(**changes: torch.Tensor) -> torch.Tensor:
+        return backend.attention(given.query, kv, replace(batch, **changes), params)
+
+    def expect(found: str) -> None:
+        torch.cuda.synchronize()
+        with pytest.raises(InvalidInput, match=rf"in an earlier call, {found} \(device 0\): what was computed"):
+            backend.raise_for_errors()
+        backend.raise_for_errors()
+        assert torch.equal(given.pool, before)
+
+    expected = attend()
+    for id_ in (-1, blocks, 2**31 - 1):
+        for row in range(3):
+            table = batch.block_table.clone()
+            table[row, 0] = id_
+            attend(block_table=table)
+            expect("a block id is not in the pool")
+    for length in (-3, 601):
+        attend(seq_lens=torch.tensor([40, 19, length], dtype=torch.int32, device="cuda"))
+        expect("a length is below 0 or above max_seq_len")
+    for slot in (-2, blocks * 16, 2**62):
+        backend.write_kv(tokens, tokens, kv, torch.tensor([slot], device="cuda"))
+        expect("a slot is neither in the pool nor -1")
+    for pair in ([1, blocks], [-1, 2]):
+        backend.copy_blocks(given.pool, given.pool, torch.tensor([pair], device="cuda"))
+        expect("a block id is not in the pool")
+    graph = torch.cuda.CUDAGraph()
+    slots = torch.tensor([-1], device="cuda")
+    with torch.cuda.graph(graph):
+        backend.write_kv(tokens, tokens, kv, slots)
+    graph.replay()
+    torch.cuda.synchronize()
+    backend.raise_for_errors()
+    slots.fill_(-5)
+    for _ in range(2):
+        graph.replay()
+        expect("a slot is neither in the pool nor -1")
+    graph.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(InvalidInput, match="a slot is neither"):
+        attend()
+    torch.testing.assert_close(attend(), expected, atol=2e-2, rtol=2e-2)

@@ -14,6 +14,7 @@ import torch
 from pagemgr.backends import AttentionParams, KVLayer
 from pagemgr.backends.cases import Case, build
 from pagemgr.backends.conformance import ConformanceSuite
+from pagemgr.backends.interface import LARGEST
 from pagemgr.backends.reference import TorchBackend
 from pagemgr.backends.triton.backend import TritonBackend
 from pagemgr.batch import PagedBatch
@@ -90,6 +91,39 @@ def test_long_ragged_batches(kind: str, shape: tuple[int, int, int, int], seed: 
     torch.testing.assert_close(lse, expected_lse, atol=2e-3, rtol=1e-3)
 
 
+# head dim, and (tokens, new tokens) of each sequence
+LONG = {
+    "widened-once": (128, [(700, 700)] * 3),
+    "widened-once-and-cut": (96, [(9000, 150)]),
+    "widened-by-every-tile": (256, [(900, 400), (50, 1), (333, 333)]),
+    "few-tiles": (64, [(800, 70)]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("stored", LARGEST, ids=str)
+def test_long_queries_of_quantised_keys(kind: str, window: int | None, stored: torch.dtype) -> None:
+    dim, seqs = LONG[kind]
+    lens, news = zip(*seqs, strict=True)
+    query, pool, batch = ragged(list(lens), list(news), 8, 2, dim, 16, seed=dim)
+    scales = (torch.rand(pool.shape[:-1], device="cuda") * 4 - 6).exp2()
+    rows = (pool / scales.double().unsqueeze(-1)).clamp(-LARGEST[stored], LARGEST[stored])
+    rows = (rows.nan_to_num(LARGEST[stored]) if stored is torch.int8 else rows).float().to(stored)
+    exact = rows.double() * scales.double().unsqueeze(-1)
+    params = AttentionParams(window=window)
+    expected_lse = torch.empty(query.shape[:2], device="cuda")
+    expected = TorchBackend().attention(query, KVLayer(exact[:, 0], exact[:, 1]), batch, params, lse=expected_lse)
+    out = torch.full(query.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+    lse = torch.full(query.shape[:2], torch.nan, device="cuda")
+    kv = KVLayer(rows[:, 0], rows[:, 1], scales[:, 0], scales[:, 1])
+    TritonBackend().attention(query.bfloat16(), kv, batch, params, out, lse)
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < 5e-3, f"relative error {error}"
+    torch.testing.assert_close(lse, expected_lse, atol=5e-3, rtol=1e-3)
+
+
 # (query heads, K/V heads, new tokens, sequences): 16 rows by few and many items and by one head, then 32 and 64 rows
 FORMS = [(8, 2, 1, 3), (16, 16, 1, 32), (2, 2, 1, 3), (8, 2, 8, 3), (8, 2, 16, 3)]
 
@@ -156,7 +190,7 @@ def test_blocks_beyond_two_to_the_31_elements() -> None:
     batch = replace(problem.batch, block_table=problem.batch.block_table + shift)
     out = TritonBackend().attention(problem.query, KVLayer(pool[:, 0], pool[:, 1]), batch, problem.params)
     torch.testing.assert_close(out.cpu().double(), problem.expected()[0], atol=2e-2, rtol=2e-2)
-    TritonBackend().copy_blocks(pool, torch.tensor([[len(pool) - 1, 3], [len(pool) - 2, 2]], device="cuda"))
+    TritonBackend().copy_blocks(pool, pool, torch.tensor([[len(pool) - 1, 3], [len(pool) - 2, 2]], device="cuda"))
     assert torch.equal(pool[[3, 2]].view(torch.int16), pool[[-1, -2]].view(torch.int16))
 
 
@@ -193,7 +227,7 @@ def test_nothing_is_compiled_when_only_lengths_change(monkeypatch: pytest.Monkey
             backend.attention(query.half(), kv, batch, AttentionParams(window=50 + run))
             new = torch.zeros(len(query), 3, 32, dtype=torch.float16, device="cuda")
             backend.write_kv(new, new, kv, batch.slot_mapping)
-            backend.copy_blocks(kv.key, torch.arange(2, device="cuda").view(1, 2))
+            backend.copy_blocks(kv.key, kv.key, torch.arange(2, device="cuda").view(1, 2))
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[-1] == counts[0], compiled[counts[0] :]
@@ -228,7 +262,7 @@ def test_operations_pass_torchs_own_checks() -> None:
     half, out = query.half(), torch.empty_like(query, dtype=torch.float16)
     for operation, arguments in (
         (library.write_kv, (new, new + 1, kv.key, kv.value, None, None, torch.tensor([3, -1], device="cuda"))),
-        (library.copy_blocks, (kv.key, torch.tensor([[1, 2]], device="cuda"))),
+        (library.copy_blocks, (kv.key, kv.key.clone(), torch.tensor([[1, 2]], device="cuda"))),
         (library.merge, ([half, half + 1], [lse, lse + 1])),
         (
             library.attention,

@@ -29,6 +29,7 @@ LAYERS = (
     ("recording", "fuzz"),  # everything up to here loads no torch
     ("batch", "timings", "capture", "dump", "logs"),
     ("backends",),
+    ("routes",),
     ("storage",),
     ("cache",),
     ("pagemgr",),  # the names it exports
@@ -49,7 +50,8 @@ ONLY = {
     "backends": {"errors", "layout", "batch", "native"},
     "timings": {"stats"},
     "capture": set(),
-    "storage": {"errors", "layout", "plan", "pool", "backends", "timings", "watch"},
+    "routes": {"backends"},
+    "storage": {"errors", "layout", "plan", "pool", "backends", "routes", "timings", "watch"},
     "metrics": {"errors", "stats", "pagemgr"},
 }
 

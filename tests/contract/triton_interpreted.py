@@ -10,7 +10,7 @@ import torch
 from pagemgr.backends import AttentionParams, Capabilities, KVLayer, registry
 from pagemgr.backends.cases import attention_cases, base_case, build
 from pagemgr.backends.conformance import TOLERANCE, ConformanceSuite
-from pagemgr.backends.triton import library
+from pagemgr.backends.triton import attention, backend, library, sizes, widen
 from pagemgr.backends.triton.backend import TritonBackend
 from pagemgr.layout import BlockLayout, DType
 
@@ -41,7 +41,7 @@ def test_taken_by_name_where_it_is_interpreted() -> None:
 def test_a_pool_with_gaps_is_refused_by_copy_blocks() -> None:
     pool = torch.zeros(4, 3, 8)[:, :2]
     with pytest.raises(ValueError, match="contiguous"):
-        TritonBackend().copy_blocks(pool, torch.tensor([[0, 1]]))
+        TritonBackend().copy_blocks(pool, pool, torch.tensor([[0, 1]]))
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 4, 6, 8], ids="bytes-{}".format)
@@ -50,7 +50,7 @@ def test_blocks_of_any_size_are_copied(words: int) -> None:
     pool = torch.randint(0, 256, (6, words), dtype=torch.uint8, generator=generator)
     expected = pool.clone()
     expected[[4, 0]] = pool[[1, 5]]
-    TritonBackend().copy_blocks(pool, torch.tensor([[1, 4], [5, 0]]))
+    TritonBackend().copy_blocks(pool, pool, torch.tensor([[1, 4], [5, 0]]))
     assert torch.equal(pool, expected)
 
 
@@ -70,7 +70,7 @@ def test_operations_pass_torchs_own_checks() -> None:
     maxima = (batch.max_query_len, batch.max_seq_len)
     for operation, arguments in (
         (library.write_kv, (key, key + 1, kv.key, kv.value, None, None, slots)),
-        (library.copy_blocks, (given.pool, torch.tensor([[1, 2]]))),
+        (library.copy_blocks, (given.pool, given.pool.clone(), torch.tensor([[1, 2]]))),
         (library.merge, ([key, key + 1], [torch.randn(3, 2), torch.randn(3, 2)])),
         (
             library.attention,
@@ -105,7 +105,7 @@ def test_a_compiled_step_has_no_graph_breaks_and_the_same_results() -> None:
         backend.write_kv(key, key * 2, kv, given.batch.slot_mapping)
         lse = torch.empty(query.shape[:2])
         out = backend.attention(query, kv, given.batch, given.params, lse=lse)
-        backend.copy_blocks(pool, torch.tensor([[1, 0]]))
+        backend.copy_blocks(pool, pool, torch.tensor([[1, 0]]))
         return backend.merge([out, out + 1], [lse, lse])
 
     pools = [torch.stack((given.kv.key, given.kv.value), 1) for _ in range(2)]
@@ -113,6 +113,56 @@ def test_a_compiled_step_has_no_graph_breaks_and_the_same_results() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(given.query, new, pools[1])
     torch.testing.assert_close(compiled, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(pools[0].view(torch.int32), pools[1].view(torch.int32))
+
+
+@pytest.mark.parametrize(("window", "kv_dtype"), [(None, torch.int8), (200, None)], ids=str)
+def test_the_keys_of_few_long_queries_are_cut(
+    window: int | None, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiles of queries, each in several shares; ``prefill`` has no part in it."""
+    monkeypatch.setattr(sizes, "JOINING", 0)
+    monkeypatch.delattr(attention, "prefill")
+    given = problem(dtype=torch.float16, kv_dtype=kv_dtype, seqs=((700, 100),), kv_heads=1, window=window)
+    lse = torch.full(given.query.shape[:2], torch.nan)
+    out = TritonBackend().attention(given.query, given.kv, given.batch, given.params, lse=lse)
+    expected = given.expected()
+    torch.testing.assert_close(out.double(), expected[0], atol=TOLERANCE[torch.float16], rtol=TOLERANCE[torch.float16])
+    torch.testing.assert_close(lse.double(), expected[1], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_long_queries_widen_quantised_keys_once(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widen, "LEAST_TILES", 2)
+    seqs = ((150, 100), (120, 100))
+    given = problem(dtype=torch.float16, kv_dtype=torch.int8, seqs=seqs, window=window)
+    prepared = attention.prepare(given.query, given.kv, given.batch, given.params, False)
+    assert prepared.widening is not None
+    out = TritonBackend().attention(given.query, given.kv, given.batch, given.params)
+    torch.testing.assert_close(
+        out.double(), given.expected()[0], atol=TOLERANCE[torch.float16], rtol=TOLERANCE[torch.float16]
+    )
+
+
+def test_the_layers_of_a_step_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[object] = []
+    given, other = problem(seqs=((20, 1), (5, 1))), problem(seqs=((20, 1), (5, 1)))
+
+    def prepare(*arguments: object) -> attention.Prepared:
+        prepared.append(arguments)
+        return attention.prepare(*arguments)
+
+    monkeypatch.setattr(backend, "prepare", prepare)
+    triton_backend = TritonBackend()
+    for kv in (given.kv, other.kv, given.kv):
+        out = triton_backend.attention(given.query, kv, given.batch, given.params)
+        expected = replace(given, pool=other.pool, keys=other.keys, values=other.values) if kv is other.kv else given
+        torch.testing.assert_close(out.double(), expected.expected()[0], atol=5e-5, rtol=5e-5)
+    assert len(prepared) == 1
+    triton_backend.attention(given.query, given.kv, given.batch, replace(given.params, window=3))
+    triton_backend.attention(given.query, given.kv, replace(given.batch), given.params)
+    assert len(prepared) == 3
+    with pytest.raises(ValueError, match=r"query must be torch\.float32"):
+        triton_backend.attention(given.query.half(), given.kv, given.batch, given.params)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pagemgr.fuzz.pair import Event
 from pagemgr.plan import Copies, Plan, Transfer
 from pagemgr.prefix import Namespace
 
@@ -25,16 +26,6 @@ POISON = "poison"
 def contents(namespace: Namespace, tokens: list[int]) -> list[Any]:
     """What the slots of a sequence hold, in token order."""
     return [(namespace, tuple(tokens[: end + 1])) for end in range(len(tokens))]
-
-
-@dataclass(eq=False)
-class Event:
-    """A fence that passes when the test says so."""
-
-    passed: bool = False
-
-    def query(self) -> bool:
-        return self.passed
 
 
 @dataclass(eq=False)

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from device import contents
-from harness import NAMESPACES, Harness, Refusal
+from harness import NAMESPACES, Harness
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from pagemgr.errors import (
-    InvalidInput,
-    OutOfSequences,
-    PinQuotaExceeded,
-    SequenceBusy,
-    SequenceTooLong,
-    StalePin,
-    StaleSequence,
-    StepOrderError,
-    WrongTier,
-)
-from pagemgr.fuzz.state import Flight, Part
-from pagemgr.plan import Plan
-from pagemgr.prefix import Namespace
+from pagemgr.errors import InvalidInput, StaleSequence, StepOrderError
+from pagemgr.fuzz.state import Part
 
 DATA = st.data()
 LIKELY = st.integers(0, 7).map(bool)
@@ -43,9 +31,7 @@ class Machine(Harness):
             more = self.tokens(data, data.draw(st.integers(0, 2 * self.model.size + 1), "more"))
             prompts.append((past[: max(keep, 0)] + more)[: self.limit])
             spaces.append(data.draw(st.sampled_from(NAMESPACES), "namespace"))
-        handles = self.call(self.manager.add_many, prompts, spaces)
-        new = zip(handles, prompts, spaces, strict=True)
-        for row in [self.added(handle, prompt, space or Namespace()) for handle, prompt, space in new]:
+        for row in self.add_rows(prompts, spaces):
             rest = self.prompts[row][len(row.tokens) :]
             if run and rest:
                 self.step_of([Part(row, len(row.tokens), rest, True, None)], True)
@@ -55,12 +41,9 @@ class Machine(Harness):
     def fork(self, data: st.DataObject, n: int) -> None:
         row = self.some(data, [row for row in self.idle() if row.tokens], 1)[0]
         left = self.max_rows - len(self.model.rows)
-        n = min(n, max(left, 1)) if data.draw(LIKELY, "fits") else n
-        refused: Refusal = OutOfSequences(n, left, self.max_rows) if n > left else None
-        refused = InvalidInput if n < 1 else self.busy([row]) or refused
-        for handle in self.call(self.manager.fork, self.handles[row], n, refused=refused) or []:
-            child = self.model.fork(row)
-            self.handles[child], self.prompts[child] = handle, self.prompts[row]
+        self.pair.fork(row, min(n, max(left, 1)) if data.draw(LIKELY, "fits") else n)
+        for child in self.model.rows:
+            self.prompts.setdefault(child, self.prompts[row])
 
     @precondition(lambda self: self.model.rows)
     @rule(data=DATA)
@@ -69,27 +52,19 @@ class Machine(Harness):
         lengths = [max(row.computed - data.draw(st.integers(0, 2 * self.model.size), "cut"), 0) for row in rows]
         if not data.draw(LIKELY, "fits"):
             lengths[-1] = data.draw(st.sampled_from([rows[-1].computed + 1, -1]), "length")
-        wrong = any(not 0 <= length <= row.computed for row, length in zip(rows, lengths, strict=True))
-        refused = self.busy(rows) or (InvalidInput if wrong else None)
         self.wait(rows)
-        self.call(self.manager.truncate, self.named(rows), lengths, refused=refused)
-        if not refused:
-            self.model.truncate(rows, lengths)
+        self.pair.truncate(rows, lengths)
 
     @precondition(lambda self: self.model.rows)
     @rule(data=DATA)
     def free(self, data: st.DataObject) -> None:
         rows = self.some(data, [row for row in self.model.rows if not row.moving], 3)
         after = self.event(data)
-        refused = SequenceBusy if any(row.moving for row in rows) else None
         self.wait(rows)
-        self.call(self.manager.free, self.named(rows), after, refused=refused)
-        if refused:
-            return
-        self.promise(rows, after)
-        self.stale = (self.stale + self.named(rows))[-4:]
-        self.past = [*self.past, *(row.tokens[: row.computed] for row in rows)][-5:]
-        self.model.free(rows, after.query if after else None)
+        if not any(row.moving for row in rows):
+            self.promise(rows, after)
+            self.past = [*self.past, *(row.tokens[: row.computed] for row in rows)][-5:]
+        self.stale = (self.stale + self.pair.free(rows, after))[-4:]
 
     @precondition(lambda self: self.events)
     @rule(data=DATA)
@@ -135,8 +110,7 @@ class Machine(Harness):
         row = data.draw(st.sampled_from(rows), "row")
         length = max(row.computed - cut, 0)
         self.wait([row])
-        self.call(self.manager.truncate, self.named([row]), [length])
-        self.model.truncate([row], [length])
+        self.pair.truncate([row], [length])
         self.step_of([Part(row, length, self.tokens(data, cut), data.draw(LIKELY, "early"), None)], at_once)
 
     @precondition(lambda self: self.model.count("device", "cached") and len(self.model.rows) < self.max_rows)
@@ -144,57 +118,9 @@ class Machine(Harness):
     def squeeze(self, data: st.DataObject) -> None:
         """A sequence comes and goes for which blocks must be evicted."""
         count = self.model.count("device", "free") + data.draw(st.integers(1, 4), "evicted")
-        row = self.added(self.call(self.manager.add), [], Namespace())
+        (row,) = self.add_rows([[]], [None])
         self.step_of([Part(row, 0, self.tokens(data, min(count * self.model.size, self.limit)), False, None)], True)
-        self.call(self.manager.free, self.named([row]))
-        self.model.free([row])
-
-    def step_of(self, parts: list[Part], at_once: bool) -> None:
-        refused = self.refusal(parts)
-        given = [part.new if part.early else len(part.new) for part in parts]
-        plan = self.call(self.manager.reserve, self.named([part.row for part in parts]), given, refused=refused)
-        if refused:
-            return
-        self.reserved(plan, parts)
-        if at_once and len(self.model.flights) == 1:
-            self.end(self.model.flights[0], [True] * len(parts))
-
-    def refusal(self, parts: list[Part]) -> Refusal:
-        rows = [part.row for part in parts]
-        if any(row.tier == "host" for row in rows):
-            return WrongTier
-        if any(row.moving for row in rows):
-            return SequenceBusy
-        longest = max(part.start + len(part.new) for part in parts)
-        if longest > self.limit:
-            return SequenceTooLong(longest, self.limit)
-        copies = sum(self.model.copied_tails(rows).values())
-        return self.out_of_blocks("device", copies + sum(self.model.growth(p.row, len(p.new)) for p in parts))
-
-    def reserved(self, plan: Plan, parts: list[Part]) -> None:
-        """Read the plan as an engine does, and hand what it says to the model and the device."""
-        size = self.model.size
-        tables = [row[row > 0].tolist() for row in plan.block_table]
-        tails, given, slots = {}, [], []
-        for i, (part, table) in enumerate(zip(parts, tables, strict=True)):
-            old, full = part.row.blocks, part.start // size
-            assert table[:full] == old[:full]
-            if table[full : len(old)] != old[full:]:
-                tails[i] = table[full]
-            given.append(table[len(old) :])
-            ends = range(part.start, part.start + len(part.new))
-            slots += [table[at // size] * size + at % size for at in ends]
-        counts = [len(part.new) for part in parts]
-        assert plan.slot_mapping.tolist() == slots
-        assert plan.num_tokens == sum(counts)
-        assert plan.query_start.tolist() == [sum(counts[:i]) for i in range(len(parts) + 1)]
-        assert plan.seq_lens.tolist() == [part.start + len(part.new) for part in parts]
-        copies = [(c.source, c.target, *pair) for c in plan.copies for pair in c.pairs.tolist()]
-        assert sorted(copies) == sorted(("device", "device", parts[i].row.blocks[-1], tails[i]) for i in tails)
-        self.model.reserve(plan.step, parts, tails, given)
-        self.plans[self.model.flights[-1]] = plan
-        self.device.poison("device", [block for blocks in given for block in blocks] + list(tails.values()))
-        self.device.launch(plan, [contents(part.row.namespace, part.row.tokens) for part in parts])
+        self.pair.free([row], None)
 
     @precondition(lambda self: self.device.launched)
     @rule()
@@ -204,34 +130,21 @@ class Machine(Harness):
     @precondition(lambda self: self.model.flights)
     @rule(data=DATA)
     def commit(self, data: st.DataObject) -> None:
-        flight = self.model.flights[0]
+        """The oldest; drafts that are refused are rolled back."""
+        parts = self.model.flights[0].parts
         accepted = None
         if not data.draw(LIKELY, "all accepted"):
-            accepted = [data.draw(st.integers(1, len(part.new)), "accepted") for part in flight.parts]
-        self.end(flight, [data.draw(LIKELY, "told") for _ in flight.parts], accepted)
-
-    def end(self, flight: Flight, told: list[bool], accepted: list[int] | None = None) -> None:
-        """Commit; tokens that were not given before are told now, or never. Drafts that are refused are rolled back."""
-        late = [part.new if tell and not part.early else None for part, tell in zip(flight.parts, told, strict=True)]
-        self.device.run_through(flight.number)
-        short = zip(flight.parts, accepted or [], strict=False)
-        rows = [part.row for part, count in short if count < len(part.new) and part.row.live]
-        refused = SequenceBusy if any(self.model.flying(row)[-1] is not flight for row in rows) else None
-        given = None if all(new is None for new in late) else late
-        self.call(self.manager.commit, self.plans[flight], given, accepted, refused=refused)
-        if not refused:
-            told = [part.early or new is not None for part, new in zip(flight.parts, late, strict=True)]
-            self.model.commit(told, accepted)
+            accepted = [data.draw(st.integers(1, len(part.new)), "accepted") for part in parts]
+        self.end_step([data.draw(LIKELY, "told") for _ in parts], accepted)
 
     @precondition(lambda self: self.model.flights)
     @rule(data=DATA)
     def abort(self, data: st.DataObject) -> None:
         flight = data.draw(st.sampled_from(self.model.flights[::-1]), "flight")
-        newest = all(self.model.flying(part.row)[-1] is flight for part in flight.parts if part.row.live)
-        self.call(self.manager.abort, self.plans[flight], refused=None if newest else StepOrderError)
-        if newest:
-            self.device.drop(self.plans[flight])
-            self.model.abort(flight)
+        plan = self.pair.plans[flight]
+        if self.pair.abort(flight):
+            self.device.drop(plan)
+            self.ended = [*self.ended, plan][-4:]
 
     # Tiers --------------------------------------------------------------------------------------------------------
 
@@ -239,28 +152,15 @@ class Machine(Harness):
     @rule(data=DATA, out=st.booleans(), at_once=st.booleans())
     def swap(self, data: st.DataObject, out: bool, at_once: bool) -> None:
         target = "host" if out else "device"
-        verb = self.manager.swap_out if out else self.manager.swap_in
         rows = self.some(data, [row for row in self.idle() if row.tier != target], 4)
-        if "host" not in self.model.pools:
-            self.call(verb, self.named(rows), refused=InvalidInput)
-            return
-        refused: Refusal = self.busy(rows) or (WrongTier if any(row.tier == target for row in rows) else None)
-        if not refused:
-            missing, held = self.model.plan_move(rows, target)
-            refused = self.out_of_blocks(target, len(missing), set(held.values()))
-        transfer = self.call(verb, self.named(rows), refused=refused)
-        if refused:
+        move = self.pair.swap(rows, target)
+        if move is None:
             return
         self.wait(rows)
-        pairs = [pair for copies in transfer.copies for pair in copies.pairs.tolist()]
-        assert transfer.num_copied == len(pairs) == len(dict(pairs))
-        move = self.model.begin(rows, target, dict(pairs))
-        assert [blocks.tolist() for blocks in transfer.moved] == move.moved
-        self.transfers[move] = transfer
-        self.device.poison(target, [block for _, block in pairs])
+        self.device.poison(target, list(move.pairs.values()))
         if data.draw(st.booleans(), "copy now"):
             self.copied.add(move)
-            self.device.move(transfer)
+            self.device.move(self.pair.transfers[move])
         if at_once:
             self.arrive(data, move)
 
@@ -268,17 +168,16 @@ class Machine(Harness):
     @rule(data=DATA, ended_twice=st.booleans())
     def finish(self, data: st.DataObject, ended_twice: bool) -> None:
         move = data.draw(st.sampled_from(self.model.moves), "move")
+        transfer = self.pair.transfers[move]
         self.arrive(data, move)
         if ended_twice:
-            self.call(self.manager.finish, self.transfers[move], refused=StepOrderError)
-            self.call(self.manager.cancel, self.transfers[move], refused=StepOrderError)
+            self.pair.call(self.manager.finish, transfer, refused=StepOrderError)
+            self.pair.call(self.manager.cancel, transfer, refused=StepOrderError)
 
     @precondition(lambda self: self.model.moves)
     @rule(data=DATA)
     def cancel(self, data: st.DataObject) -> None:
-        move = data.draw(st.sampled_from(self.model.moves), "move")
-        self.call(self.manager.cancel, self.transfers[move])
-        self.model.cancel(move)
+        self.pair.cancel(data.draw(st.sampled_from(self.model.moves), "move"))
 
     # Pins ---------------------------------------------------------------------------------------------------------
 
@@ -287,36 +186,26 @@ class Machine(Harness):
     def pin(self, data: st.DataObject) -> None:
         row = self.some(data, [row for row in self.ready() if row.known >= self.model.size], 1)[0]
         length = data.draw(st.integers(0, row.known), "length") + (not data.draw(LIKELY, "fits")) * self.limit
-        wanted, pinned = length // self.model.size, sum(len(blocks) for blocks in self.model.pins)
-        refused: Refusal = PinQuotaExceeded("me", wanted, pinned, 6) if pinned + wanted > 6 else None
-        refused = InvalidInput if length > row.known else refused
-        refused = SequenceBusy if row.moving else refused
-        refused = WrongTier if row.tier == "host" else refused
-        until = data.draw(st.sampled_from([None, 1.0, 2.0]), "until")
-        pin = self.call(self.manager.pin, self.handles[row], "me", length, until, refused=refused)
-        if not refused:
-            assert pin.length == wanted * self.model.size
-            held = contents(row.namespace, row.tokens[: pin.length])
-            self.pins.append((pin, self.model.pin(row, length), held))
+        self.pair.pin(row, length, data.draw(st.sampled_from([None, 1.0, 2.0]), "until"))
+        for pin in self.pair.pins.keys() - self.pinned.keys():
+            self.pinned[pin] = contents(row.namespace, row.tokens[: pin.length])
 
-    @precondition(lambda self: self.pins)
+    @precondition(lambda self: self.pinned)
     @rule(data=DATA, by_time=st.booleans())
     def unpin(self, data: st.DataObject, by_time: bool) -> None:
-        ended = [one for one in self.pins if by_time and one[0].until == 1.0]
         if by_time:
-            assert self.call(self.manager.expire, 1.5) == len(ended)
+            ended = self.pair.expire(1.5)
         else:
-            ended = [data.draw(st.sampled_from(self.pins), "pin")]
-            self.call(self.manager.unpin, ended[0][0])
-        for one in ended:
-            self.pins.remove(one)
-            self.model.unpin(one[1])
-            self.call(self.manager.unpin, one[0], refused=StalePin(one[0].number, "me"))
+            ended = [data.draw(st.sampled_from(list(self.pinned)), "pin")]
+            self.pair.unpin(ended[0])
+        for pin in ended:
+            del self.pinned[pin]
+            self.pair.unpin(pin)
 
     @precondition(lambda self: self.model.count("device", "cached") > 3)
     @rule()
     def clear(self) -> None:
-        assert self.call(self.manager.clear) == self.model.clear()
+        self.pair.clear()
 
     # Refusals -----------------------------------------------------------------------------------------------------
 
@@ -326,20 +215,19 @@ class Machine(Harness):
         """Calls that no state makes right."""
         calls = {"add": self.add_too_much}
         calls |= {"stale": self.use_a_stale_handle} if self.stale else {}
-        calls |= {"commit": self.commit_wrongly} if self.plans else {}
+        calls |= {"commit": self.commit_wrongly} if self.model.flights or self.ended else {}
         calls[data.draw(st.sampled_from(list(calls)), "call")](data)
 
     def add_too_much(self, data: st.DataObject) -> None:
-        left, more = self.max_rows - len(self.model.rows), data.draw(st.integers(1, 2), "more")
-        refused: Refusal = OutOfSequences(left + more, left, self.max_rows)
-        prompts = [[0]] * (left + more)
+        more = data.draw(st.integers(1, 2), "more")
+        prompts = [[0]] * (self.max_rows - len(self.model.rows) + more)
         if data.draw(st.booleans(), "too long"):
-            refused, prompts = SequenceTooLong(self.limit + more, self.limit), [[0] * (self.limit + more)]
-        self.call(self.manager.add_many, prompts, refused=refused)
+            prompts = [[0] * (self.limit + more)]
+        assert not self.pair.add(prompts, [None] * len(prompts))
 
     def use_a_stale_handle(self, data: st.DataObject) -> None:
         handle = data.draw(st.sampled_from(self.stale), "handle")
-        both = [*self.named(self.model.rows[:1]), handle]
+        both = [*(self.pair.handles[row] for row in self.model.rows[:1]), handle]
         manager = self.manager
         calls = (
             (manager.free, both),
@@ -350,16 +238,17 @@ class Machine(Harness):
             (manager.swap_out, both),
             (manager.swap_in, both),
         )
-        self.call(*data.draw(st.sampled_from(calls), "call"), refused=StaleSequence(handle.row, handle.generation))
+        refused = StaleSequence(handle.row, handle.generation)
+        self.pair.call(*data.draw(st.sampled_from(calls), "call"), refused=refused)
 
     def commit_wrongly(self, data: st.DataObject) -> None:
         wrong = data.draw(st.sampled_from(["order", "too many", "length", "twice", "negative"]), "wrong")
-        others = [flight for flight in self.plans if flight not in self.model.flights[:1]][-6:]
+        others = [*self.ended, *(self.pair.plans[flight] for flight in self.model.flights[1:])]
         if others and (wrong == "order" or not self.model.flights):
-            flight = data.draw(st.sampled_from(others), "flight")
-            self.call(self.manager.commit, self.plans[flight], refused=StepOrderError)
-            if flight not in self.model.flights:
-                self.call(self.manager.abort, self.plans[flight], refused=StepOrderError)
+            plan = data.draw(st.sampled_from(others), "plan")
+            self.pair.call(self.manager.commit, plan, refused=StepOrderError)
+            if plan in self.ended:
+                self.pair.call(self.manager.abort, plan, refused=StepOrderError)
         elif self.model.flights:
             flight = self.model.flights[0]
             late: list[list[int] | None] = [None] * len(flight.parts)
@@ -370,7 +259,7 @@ class Machine(Harness):
                 i, new = alive[0], flight.parts[alive[0]].new
                 twice = new if flight.parts[i].early else []
                 late[i] = {"length": [*new, 0], "twice": twice, "negative": [-1] * len(new)}[wrong]
-            self.call(self.manager.commit, self.plans[flight], late, refused=InvalidInput)
+            self.pair.call(self.manager.commit, self.pair.plans[flight], late, refused=InvalidInput)
 
 
 class CompiledMachine(Machine):

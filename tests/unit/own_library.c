@@ -116,8 +116,8 @@ int32_t pagemgr_attention(const pagemgr_attention_args *args) {
 
 int32_t pagemgr_copy_blocks(const pagemgr_copy_blocks_args *args) {
     for (int64_t pair = 0; pair < args->num_pairs; pair++)
-        memcpy((char *)args->pool + args->pairs[2 * pair + 1] * args->block_stride_bytes,
-               (char *)args->pool + args->pairs[2 * pair] * args->block_stride_bytes, args->block_bytes);
+        memcpy((char *)args->target + args->pairs[2 * pair + 1] * args->target_stride_bytes,
+               (const char *)args->source + args->pairs[2 * pair] * args->source_stride_bytes, args->block_bytes);
     return PAGEMGR_OK;
 }
 

@@ -130,7 +130,20 @@ def test_write_kv_refuses(problem: Problem, message: str) -> None:
 @pytest.mark.parametrize("pairs", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int32)])
 def test_copy_blocks_refuses(problem: Problem, pairs: torch.Tensor) -> None:
     with pytest.raises(InvalidInput, match="pairs must"):
-        BACKEND.copy_blocks(problem.pool, pairs)
+        BACKEND.copy_blocks(problem.pool, problem.pool, pairs)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (torch.zeros(4, 3, 7), r"blocks alike, got torch.float32 \[3, 8\] and torch.float32 \[3, 7\]"),
+        (torch.zeros(4, 3, 8).half(), r"blocks alike, got torch.float32 \[3, 8\] and torch.float16"),
+        (torch.zeros(4, 3, 8, device="meta"), "source must be on meta or in pinned host memory, got host memory that"),
+    ],
+)
+def test_copy_blocks_refuses_tiers_that_do_not_match(other: torch.Tensor, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        BACKEND.copy_blocks(torch.zeros(4, 3, 8), other, torch.zeros(1, 2, dtype=torch.int64, device=other.device))
 
 
 @pytest.mark.parametrize(

@@ -171,14 +171,45 @@ def test_auto_takes_the_first_that_fits_and_says_why_in_one_line(plugins, caplog
     plugins(built_in=True, elsewhere="plugin_under_test:Elsewhere", narrow="plugin_under_test:Narrow")
     half = BlockLayout(2, 2, 64, 16, DType.float16)
     with caplog.at_level(logging.INFO, logger="pagemgr.backends"):
-        assert type(create("auto", half, 4, "cpu")) is Narrow
+        assert create("auto", half, 4, "cpu").name == "narrow+torch"
         assert type(create("auto", LAYOUT, 4, "cpu")) is TorchBackend
-        assert type(create("auto", half, 4, "cpu", frozenset({Feature.alibi}))) is TorchBackend
-    assert [record.name for record in caplog.records] == ["pagemgr.backends"] * 3
-    narrow, by_dtype, by_feature = (record.getMessage() for record in caplog.records)
-    assert narrow == "backend narrow on cpu (elsewhere cannot run here: no driver: install one)"
+    assert [record.name for record in caplog.records] == ["pagemgr.backends"] * 2
+    narrow, by_dtype = (record.getMessage() for record in caplog.records)
+    assert narrow == "backend narrow+torch on cpu (elsewhere cannot run here: no driver: install one)"
     assert "narrow does not fit: dtype torch.float32 is not one of torch.float16" in by_dtype
-    assert "narrow does not fit: feature alibi is not implemented" in by_feature
+
+
+def test_auto_gives_one_backend_where_it_has_all_features(plugins) -> None:
+    plugins(built_in=True, torch_first="pagemgr.backends.reference:TorchBackend", narrow="plugin_under_test:Narrow")
+    assert type(create("auto", LAYOUT, 4, "cpu")) is TorchBackend
+
+
+def test_auto_refuses_a_feature_that_nothing_has(plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins(built_in=True, narrow="plugin_under_test:Narrow")
+    monkeypatch.setattr(registry, "BUILT_IN", registry.BUILT_IN[:-1])
+    half = BlockLayout(2, 2, 64, 16, DType.float16)
+    assert type(create("auto", half, 4, "cpu", frozenset({Feature.softcap}))) is Narrow
+    with pytest.raises(UnsupportedFeature, match=r"narrow.*feature alibi is not implemented"):
+        create("auto", half, 4, "cpu", frozenset({Feature.alibi}))
+
+
+def test_auto_lets_the_next_one_do_what_the_best_lacks(plugins, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    plugins(built_in=True, narrow="plugin_under_test:Narrow")
+    made = create("auto", BlockLayout(1, 2, 64, 16, DType.float16), 2, "cpu")
+    assert made.name == "narrow+torch"
+    assert made.capabilities().features == frozenset(Feature)
+    assert made.capabilities().dtypes == Narrow().capabilities().dtypes
+    asked = []
+    for backend in made._backends:
+        backend.attention = lambda *_, name=backend.name: asked.append(name)
+    slopes = torch.ones(4)
+    plain, with_alibi = AttentionParams(), AttentionParams(alibi_slopes=slopes)
+    for params in (plain, with_alibi, with_alibi, plain):
+        made.attention(None, None, None, params)
+    assert asked == ["narrow", "torch", "torch", "narrow"]
+    said = [record.getMessage() for record in caplog.records if "done by" in record.getMessage()]
+    assert said == ["attention with alibi is done by torch, as narrow has it not"]
 
 
 def test_auto_never_takes_a_third_partys_backend(plugins) -> None:

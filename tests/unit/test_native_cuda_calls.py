@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -14,6 +16,7 @@ import torch
 from pagemgr.backends import AttentionParams, native
 from pagemgr.backends.cases import Case, Problem, build
 from pagemgr.backends.conformance import checks
+from pagemgr.backends.cpu import CpuBackend
 from pagemgr.backends.cuda import CudaBackend
 from pagemgr.backends.library import NativeLibrary
 from pagemgr.backends.reference import TorchBackend
@@ -108,11 +111,62 @@ def test_threads_share_no_struct(backend: CudaBackend) -> None:
     assert not failures
 
 
+def test_no_pool_is_kept_by_what_is_remembered(backend: CudaBackend) -> None:
+    """Layers are known by their address, which the next layer may have: each is looked at, and none held."""
+    for seed in range(6):
+        given = problem(30 + seed)
+        if seed % 2:
+            given = replace(given, pool=torch.stack((given.pool, given.pool), 1)[:, 0])
+        expect(backend, given)
+        pool = weakref.ref(given.pool)
+        del given
+        gc.collect()
+        assert pool() is None
+
+
 def test_what_is_remembered_is_bounded(backend: CudaBackend) -> None:
     given = problem(14)
     for number in range(200):
         backend.attention(given.query, given.kv, given.batch, AttentionParams(scale=0.1 + number / 1000))
     assert len(backend._ready) <= 64
+
+
+def test_writes_that_differ_in_pointers_alone_go_where_they_were_told(backend: CudaBackend) -> None:
+    for seed in range(3):
+        draw, given = torch.Generator().manual_seed(seed), problem(seed)
+        expected = replace(given, pool=given.pool.clone())
+        key, value = torch.randn(2, 5, 2, 64, generator=draw)
+        slots = torch.randperm(32, generator=draw)[:5]
+        backend.write_kv(key, value, given.kv, slots)
+        TorchBackend().write_kv(key, value, expected.kv, slots)
+        assert torch.equal(given.pool, expected.pool)
+    with pytest.raises(InvalidInput, match=r"key must have shape \[4, 2, 64\]"):
+        backend.write_kv(key, value, given.kv, slots[:4])
+
+
+def test_what_kernels_noted_is_raised_by_a_later_call_once() -> None:
+    """As on a GPU, where a call has not been done when it returns; the kernels here are those of the CPU."""
+    if reason := CpuBackend.probe():
+        pytest.skip(reason)
+    backend, given = CpuBackend(), problem(18)
+    backend._errors = native.ErrorWords(backend.library, torch.zeros(2, dtype=torch.int32))
+    query, kv, batch, params = given.query, given.kv, given.batch, given.params
+    expected = backend.attention(query, kv, batch, params)
+    bad = replace(batch, block_table=batch.block_table.clone().fill_(10**6), seq_lens=batch.seq_lens + 100)
+    backend.attention(query, kv, bad, params)
+    with pytest.raises(
+        InvalidInput, match=r"earlier call, a block id is not in the pool, a length .* \(device 0\): wh"
+    ):
+        backend.attention(query, kv, batch, params)
+    backend.raise_for_errors()
+    torch.testing.assert_close(backend.attention(query, kv, batch, params), expected)
+    tokens = torch.ones(1, 2, 64)
+    backend.write_kv(tokens, tokens, kv, torch.tensor([-2]))
+    with pytest.raises(InvalidInput, match="a slot is neither in the pool nor -1"):
+        backend.raise_for_errors()
+    backend.copy_blocks(given.pool, given.pool, torch.tensor([[0, len(given.pool)]]))
+    with pytest.raises(InvalidInput, match="a block id is not in the pool"):
+        backend.merge([expected], [expected[..., 0].contiguous()])
 
 
 def test_a_step_with_two_kinds_of_layers_is_checked_once_for_each(

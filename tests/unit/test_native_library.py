@@ -131,8 +131,8 @@ def test_a_library_of_something_else_is_no_match(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("-DVERSION=0", "it implements version 0 of the ABI, this pagemgr needs 2: compile it"),
-        ("-DVERSION=3", "it implements version 3 of the ABI"),
+        ("-DVERSION=0", "it implements version 0 of the ABI, this pagemgr needs 3: compile it"),
+        ("-DVERSION=2", "it implements version 2 of the ABI"),
         ("-DEXTRA_BYTES=8", "its pagemgr_attention_args has 288 bytes, that of this pagemgr 280"),
         ("-DNO_MERGE", "it does not have pagemgr_merge"),
     ],

@@ -16,7 +16,14 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from pagemgr.backends.triton.decode import decode_kernel  # noqa: E402
 from pagemgr.backends.triton.prefill import prefill_kernel  # noqa: E402
-from pagemgr.backends.triton.sizes import MANY_ITEMS, decode_sizes, power_of_two, prefill_sizes  # noqa: E402
+from pagemgr.backends.triton.sizes import (  # noqa: E402
+    DECODED_ROWS,
+    MANY_ITEMS,
+    decode_sizes,
+    pays_to_cut,
+    power_of_two,
+    prefill_sizes,
+)
 
 SHARED_BYTES_OF_A_CTA = 227 * 1024
 SHARED_BYTES_OF_ALL = 228 * 1024
@@ -60,12 +67,14 @@ def shared_bytes(
         (torch.bfloat16, torch.float8_e4m3fn, 256, 4, 1, 8),
         (torch.bfloat16, torch.float8_e4m3fn, 128, 4, 1, MANY_ITEMS),
         (torch.bfloat16, torch.int8, 256, 4, 16, 8),
+        (torch.bfloat16, torch.bfloat16, 128, 4, 128, 8),
+        (torch.bfloat16, torch.float8_e4m3fn, 256, 4, 128, 8),
     ],
 )
 def test_decode(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, group: int, most_new: int, items: int) -> None:
     sizes = decode_sizes(dtype, kv_dtype, dim, group, most_new, items)
-    assert sizes.rows >= group * most_new
     constants = {"BLOCK_SIZE": 16, "DIM": dim, "PADDED_DIM": dim, "CAUSAL": True, "CHAINED": True, "SEQS": 32}
+    constants["TOKENS"] = sizes.rows // group
     used = shared_bytes(
         decode_kernel, dtype, kv_dtype, constants | {"ROWS": sizes.rows, "TILE": sizes.tile}, sizes.warps, sizes.stages
     )
@@ -79,11 +88,12 @@ def test_decode(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, group: int,
         (torch.bfloat16, torch.bfloat16, 128),
         (torch.bfloat16, torch.bfloat16, 256),
         (torch.float32, torch.float32, 256),
+        (torch.bfloat16, torch.float8_e4m3fn, 128),
         (torch.bfloat16, torch.float8_e4m3fn, 256),
     ],
 )
 def test_prefill(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int) -> None:
-    sizes = prefill_sizes(dtype, dim)
+    sizes = prefill_sizes(dtype, dim, quantised=kv_dtype is not dtype)
     constants = {"BLOCK_SIZE": 16, "DIM": dim, "PADDED_DIM": dim, "CAUSAL": True}
     constants |= {"ROWS": sizes.rows, "TOKENS": sizes.rows // 4, "TILE": sizes.tile}
     assert shared_bytes(prefill_kernel, dtype, kv_dtype, constants, sizes.warps, sizes.stages) <= SHARED_BYTES_OF_A_CTA
@@ -94,9 +104,18 @@ def test_prefill(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int) -> None:
 @pytest.mark.parametrize("items", [1, MANY_ITEMS])
 def test_rows_hold_the_queries(group: int, most_new: int, items: int) -> None:
     sizes = decode_sizes(torch.bfloat16, torch.bfloat16, 128, group, most_new, items)
-    assert group * most_new <= sizes.rows == power_of_two(sizes.rows)
+    needed = group * most_new if group * most_new <= DECODED_ROWS else group  # of long queries, a tile at a time
+    assert needed <= sizes.rows == power_of_two(sizes.rows)
     assert 16 <= sizes.tile == power_of_two(sizes.tile)
 
 
 def test_power_of_two() -> None:
     assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 80, 128)] == [1, 1, 2, 4, 4, 8, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("items", "tiles", "pays"),
+    [(32, 512, True), (128, 512, False), (160, 128, True), (32, 8, False), (1, 1, False), (512, 512, False)],
+)
+def test_keys_are_cut_where_multiprocessors_would_be_idle_for_long(items: int, tiles: int, pays: bool) -> None:
+    assert pays_to_cut(items, tiles, slots=132) is pays

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kManyRows = 96;        // rows of a unit, where a sequence has as many
 constexpr int64_t kManyTileRows = 256;   // where matrix tiles multiply them, and packing K and V costs relatively more
+constexpr int64_t kFloatsTogether = 4096;  // queries and sums of heads that take turns, which the first cache holds
 constexpr int64_t kShortestSplit = 256;  // keys
 constexpr int64_t kUnitsPerThread = 4;
 constexpr int64_t kTileFloats = 6 * kTile;  // offsets of two tiles, scales of one
@@ -18,28 +19,38 @@ constexpr int64_t kLeastWork = 1 << 16;  // multiplications that are worth wakin
 
 // What depends on the arguments passed by value alone: the shapes of units, and of the workspace.
 struct Shape {
-    int64_t threads, width, tokens_per_unit, rows, row_floats, thread_floats;
+    int64_t threads, width, group, tokens_per_unit, rows, most_heads, row_floats, thread_floats;
 
     explicit Shape(const pagemgr_attention_args &args) {
-        const int64_t group = group_size(args), longest = larger<int64_t>(1, args.max_query_len);
+        const int64_t longest = larger<int64_t>(1, args.max_query_len), heads = args.kv.num_kv_heads;
+        group = group_size(args);
         threads = args.run.num_threads;
         width = ceil_div(args.kv.head_dim, kStep) * kStep;
-        const int64_t many = kBfloatTiles && args.kv.dtype == PAGEMGR_BFLOAT16 && !args.kv.kv_dtype ? kManyTileRows : kManyRows;
+        most_heads = threads == 1 ? heads : larger<int64_t>(1, args.num_seqs * heads / (kUnitsPerThread * threads));
+        const bool in_tiles = kBfloatTiles && args.kv.dtype == PAGEMGR_BFLOAT16 && !args.kv.kv_dtype;
+        const int64_t many = in_tiles ? kManyTileRows : kManyRows;
         const bool few = longest * group <= kFewRows;
         tokens_per_unit = few ? longest : smaller(longest, larger<int64_t>(1, many / group));
         rows = few ? longest * group : kRowsTogether * ceil_div(tokens_per_unit * group, kRowsTogether);
+        rows = larger(rows, kFloatsTogether / (2 * width));
         row_floats = 16 * ceil_div(width + 2, 16);  // of a partial result
         const int64_t panels = few ? 0 : 2 * kTile * width;
         thread_floats = 16 * ceil_div(rows * (2 * width + 2 + kTile) + panels, 16) + kTileFloats;
+    }
+
+    // K/V heads of a unit, where a sequence has so many new tokens.
+    int64_t heads_of(int64_t tokens) const {
+        if (tokens * group > kFewRows) return 1;
+        return larger<int64_t>(1, smaller(most_heads, kFloatsTogether / (2 * width * tokens * group)));
     }
 
     // Of the units that share a tile of queries there are at most twice as many as of all units were aimed at.
     int64_t most_partials() const { return threads == 1 ? 0 : 2 * kUnitsPerThread * threads; }
 };
 
-// How one sequence is cut: `tiles` of query tokens, for each head, in `splits` of keys.
+// How one sequence is cut: `tiles` of query tokens, in `parts` of `heads` K/V heads, in `splits` of keys.
 struct Cut {
-    int64_t tiles, splits;
+    int64_t tiles, heads, parts, splits;
     int64_t first_unit, first_partial;  // of this sequence
 };
 
@@ -90,27 +101,30 @@ private:
 
     // Fills cuts_; returns multiplications, in all.
     int64_t plan() {
-        int64_t total = 0;
+        int64_t total = 0, products = 0;  // keys of all units, and pairs of keys and heads
         for (int64_t seq = 0; seq < args_.num_seqs; seq++) {
+            Cut &cut = cuts_[seq];
             const int64_t tokens = args_.query_start[seq + 1] - args_.query_start[seq];
             if (length_of(seq) != args_.seq_lens[seq]) report(args_.run, PAGEMGR_BAD_LENGTH);
-            cuts_[seq].tiles = ceil_div(tokens, shape_.tokens_per_unit);
-            total += cuts_[seq].tiles * keys_of_a_tile(seq, tokens);
+            cut.tiles = ceil_div(tokens, shape_.tokens_per_unit);
+            cut.heads = shape_.heads_of(larger<int64_t>(1, tokens));
+            cut.parts = ceil_div(args_.kv.num_kv_heads, cut.heads);
+            const int64_t keys = cut.tiles * keys_of_a_tile(seq, tokens);
+            total += keys * cut.parts, products += keys * args_.num_q_heads;
         }
-        total *= args_.kv.num_kv_heads;
         const int64_t goal = larger(kShortestSplit, ceil_div(total, kUnitsPerThread * shape_.threads));
         int64_t unit = 0, partial = 0;
         for (int64_t seq = 0; seq < args_.num_seqs; seq++) {
             Cut &cut = cuts_[seq];
             const int64_t tokens = args_.query_start[seq + 1] - args_.query_start[seq];
-            const int64_t units = cut.tiles * args_.kv.num_kv_heads;
+            const int64_t units = cut.tiles * cut.parts;
             cut.splits = shape_.threads == 1 ? 1 : larger<int64_t>(1, ceil_div(keys_of_a_tile(seq, tokens), goal));
             cut.first_unit = unit, cut.first_partial = partial;
             unit += units * cut.splits;
             partial += cut.splits > 1 ? units * cut.splits : 0;
         }
-        cuts_[args_.num_seqs] = Cut{0, 1, unit, partial};
-        return total * args_.kv.head_dim * group_size(args_);
+        cuts_[args_.num_seqs] = Cut{0, 1, 1, 1, unit, partial};
+        return products * args_.kv.head_dim;
     }
 
     int64_t keys_of_a_tile(int64_t seq, int64_t tokens) const {
@@ -128,13 +142,14 @@ private:
             (cuts_[middle].first_unit <= i ? seq : after) = middle;
         }
         const Cut &cut = cuts_[seq];
-        const int64_t local = i - cut.first_unit, heads = args_.kv.num_kv_heads;
+        const int64_t local = i - cut.first_unit;
         split = local % cut.splits;
-        const int64_t tile = cut.tiles - 1 - local / cut.splits / heads;  // the longest first
+        const int64_t tile = cut.tiles - 1 - local / cut.splits / cut.parts;  // the longest first
         const int64_t start = args_.query_start[seq], tokens = args_.query_start[seq + 1] - start;
         Unit unit{};
         unit.seq = seq;
-        unit.kv_head = local / cut.splits % heads;
+        unit.kv_head = local / cut.splits % cut.parts * cut.heads;
+        unit.num_heads = smaller(cut.heads, args_.kv.num_kv_heads - unit.kv_head);
         unit.first_token = start + tile * shape_.tokens_per_unit;
         unit.num_tokens = smaller(shape_.tokens_per_unit, start + tokens - unit.first_token);
         unit.position = length_of(seq) - tokens + tile * shape_.tokens_per_unit;
@@ -146,7 +161,7 @@ private:
     }
 
     Rows rows_in(float *scratch, const Unit &unit) const {
-        const int64_t count = unit.num_tokens * group_size(args_), width = shape_.width, most = shape_.rows;
+        const int64_t count = unit.num_heads * unit.num_tokens * shape_.group, width = shape_.width, most = shape_.rows;
         float *scores = scratch + kTileFloats, *query = scores + most * kTile, *value = query + most * width;
         float *largest = value + most * width;
         float *scales = kQuantised<K> ? scratch + 4 * kTile : nullptr;
@@ -161,7 +176,7 @@ private:
         for (int64_t row = 0; row < rows.count; row++) rows.largest[row] = -kInfinity, rows.sum[row] = 0;
         std::memset(rows.value, 0, rows.count * rows.width * sizeof(float));
         load_queries<T>(args_, unit, rows);
-        if (rows.count <= kFewRows) attend_few<K>(args_, unit, rows, offsets);
+        if (unit.num_tokens * shape_.group <= kFewRows) attend_few<K>(args_, unit, rows, offsets);
         else attend_many<K>(args_, unit, rows, offsets, rows.sum + shape_.rows);
         const Cut &cut = cuts_[unit.seq];
         for (int64_t row = 0; row < rows.count; row++) {
@@ -204,8 +219,9 @@ private:
 
     // Divides by the denominator, the sink included, and writes one row of out and lse.
     void finish(const Unit &unit, int64_t row, float largest, float sum, const float *value) const {
-        const int64_t group = group_size(args_), head = unit.kv_head * group + row % group;
-        const int64_t at = (unit.first_token + row / group) * args_.num_q_heads + head, dim = args_.kv.head_dim;
+        const Place place = place_of(args_, unit, row);
+        const int64_t head = place.head, dim = args_.kv.head_dim;
+        const int64_t at = (unit.first_token + place.token) * args_.num_q_heads + head;
         float scale = 1;
         if (args_.sinks) {
             const float top = larger(largest, args_.sinks[head]);

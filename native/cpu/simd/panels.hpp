@@ -88,7 +88,7 @@ void attend_many(const pagemgr_attention_args &args, const Unit &unit, Rows &row
     for (int64_t first = unit.first_key; first < unit.stop_key; first += kTile) {
         const int count = static_cast<int>(smaller<int64_t>(kTile, unit.stop_key - first));
         find_keys(args, unit, first, count, offsets);
-        find_scales(args, unit, first, count, rows);
+        find_scales(args, unit, unit.kv_head, first, count, rows);
         pack_keys(keys, offsets, count, dim, key_panel);
         pack_values(values, offsets, count, dim, width, value_panel);
         multiply(rows.count, count, width, rows.query, width, key_panel, kTile, rows.scores, kTile, false);

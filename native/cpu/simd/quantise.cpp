@@ -7,21 +7,24 @@ namespace {
 
 constexpr float kLeastScale = 0x1p-126f;
 
-// One row of `dim` elements; returns its scale. A NaN makes the scale NaN.
+// One row of `dim` elements; returns its scale, NaN if there is a NaN or an infinity in the row.
 template <class T, class K>
 float quantise_row(const T *from, K *to, int64_t dim) {
-    Floats tops{};
+    Ints tops{};  // magnitudes in the order of their bits, where NaN is above infinity
     for (int64_t d = 0; d < dim; d += kStep) {
         const Step x = load_step(from + d, dim - d);
         for (const Floats part : {x.first, x.second}) {
-            const Floats magnitude = (Floats)((Words)part & 0x7fffffff);
-            tops = magnitude <= tops ? tops : magnitude;
+            const Ints magnitude = (Ints)part & 0x7fffffff;
+            tops = magnitude > tops ? magnitude : tops;
         }
     }
-    float top = 0;
-    for (int i = 0; i < W; i++) top = tops[i] <= top ? top : tops[i];
+    int32_t largest = 0;
+    for (int i = 0; i < W; i++) largest = larger<int32_t>(largest, tops[i]);
+    float top;
+    std::memcpy(&top, &largest, sizeof top);
     float scale = top / K::kLargest;
     if (scale < kLeastScale) scale = 0;
+    else if (scale == kInfinity) scale = __builtin_nanf("");
     const float divisor = scale == 0 ? kInfinity : scale;
     for (int64_t d = 0; d < dim; d += kStep) {
         const Step x = load_step(from + d, dim - d);

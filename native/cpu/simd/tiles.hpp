@@ -120,7 +120,8 @@ inline void attend_many<Bfloat>(const pagemgr_attention_args &args, const Unit &
     auto *query = reinterpret_cast<char *>(rows.query);
     for (int64_t row = 0; row < rows.count; row++) {  // to Bfloats again, in place
         for (int64_t d = 0; d < width; d += kStep)
-            store_step(reinterpret_cast<Bfloat *>(query + row * row_bytes) + d, load_step(rows.query + row * width + d));
+            store_step(reinterpret_cast<Bfloat *>(query + row * row_bytes) + d,
+                       load_step(rows.query + row * width + d));
     }
     const Palette palette;
     _tile_loadconfig(&palette);

@@ -1,6 +1,6 @@
-// One unit of attention: some query tokens of a sequence, all query heads of one K/V head, some of the keys.
+// One unit of attention: some query tokens of a sequence, all query heads of some K/V heads, some of the keys.
 //
-// Its rows are (token, head of the group), token by token. Keys come in tiles; after each, a row holds the largest
+// Its rows are (K/V head, token, head of the group). Keys come in tiles; after each, a row holds the largest
 // score so far, the sum of e^(score - largest), and the sum of values weighted likewise: the online softmax (Milakov
 // and Gimelshein, 2018), which parts of any size can be merged from.
 #pragma once
@@ -21,7 +21,7 @@ struct Unit {
     int64_t first_token;  // row of the query tensor
     int64_t position;     // of that token in its sequence
     int64_t num_tokens;
-    int64_t kv_head;
+    int64_t kv_head, num_heads;  // K/V heads
     int64_t first_key, stop_key;
 };
 
@@ -39,17 +39,24 @@ struct Rows {
 
 inline int64_t group_size(const pagemgr_attention_args &args) { return args.num_q_heads / args.kv.num_kv_heads; }
 
-template <class T>
-const T *query_row(const pagemgr_attention_args &args, const Unit &unit, int64_t row) {
-    const int64_t group = group_size(args), token = unit.first_token + row / group;
-    const int64_t head = unit.kv_head * group + row % group;
-    return static_cast<const T *>(args.query) + token * args.query_token_stride + head * args.query_head_stride;
+// Which token of the unit a row is of, and which query head of all.
+struct Place {
+    int64_t token, head;
+};
+
+inline Place place_of(const pagemgr_attention_args &args, const Unit &unit, int64_t row) {
+    const auto group = static_cast<int32_t>(group_size(args)), tokens = static_cast<int32_t>(unit.num_tokens);
+    const int32_t pair = static_cast<int32_t>(row) / group, head = pair / tokens;
+    return {pair - head * tokens, (unit.kv_head + head) * group + row - pair * group};
 }
 
 template <class T>
 void load_queries(const pagemgr_attention_args &args, const Unit &unit, const Rows &rows) {
     for (int64_t row = 0; row < rows.count; row++) {
-        const T *from = query_row<T>(args, unit, row);
+        const Place place = place_of(args, unit, row);
+        const T *from = static_cast<const T *>(args.query) +
+                        (unit.first_token + place.token) * args.query_token_stride +
+                        place.head * args.query_head_stride;
         for (int64_t d = 0; d < args.kv.head_dim; d += kStep)
             store_step(rows.query + row * rows.width + d, load_step(from + d, args.kv.head_dim - d));
     }
@@ -63,7 +70,7 @@ inline int64_t block_at(const pagemgr_attention_args &args, const Unit &unit, in
     return 0;
 }
 
-// Elements from the pool's first key (or value) to those of keys [first, first + count).
+// Elements from the pool's first key (or value) to those of keys [first, first + count), of the unit's first head.
 inline void find_keys(const pagemgr_attention_args &args, const Unit &unit, int64_t first, int count,
                       int64_t *offsets) {
     const pagemgr_kv &kv = args.kv;
@@ -75,9 +82,9 @@ inline void find_keys(const pagemgr_attention_args &args, const Unit &unit, int6
     }
 }
 
-// Fills rows.scales for keys [first, first + count).
-inline void find_scales(const pagemgr_attention_args &args, const Unit &unit, int64_t first, int count,
-                        const Rows &rows) {
+// Fills rows.scales for keys [first, first + count) of one K/V head.
+inline void find_scales(const pagemgr_attention_args &args, const Unit &unit, int64_t kv_head, int64_t first,
+                        int count, const Rows &rows) {
     const pagemgr_kv &kv = args.kv;
     if (!rows.scales) return;
     std::memset(rows.scales, 0, 2 * kTile * sizeof(float));
@@ -85,7 +92,7 @@ inline void find_scales(const pagemgr_attention_args &args, const Unit &unit, in
     for (int i = 0; i < count; index++, slot = 0) {
         const int64_t run = smaller<int64_t>(count - i, kv.block_size - slot);
         const int64_t at =
-            block_at(args, unit, index) * kv.scale_block_stride + unit.kv_head * kv.scale_head_stride + slot;
+            block_at(args, unit, index) * kv.scale_block_stride + kv_head * kv.scale_head_stride + slot;
         std::memcpy(rows.scales + i, kv.key_scale + at, run * sizeof(float));
         std::memcpy(rows.scales + kTile + i, kv.value_scale + at, run * sizeof(float));
         i += static_cast<int>(run);
@@ -96,12 +103,13 @@ inline void find_scales(const pagemgr_attention_args &args, const Unit &unit, in
 // fit.
 inline void softmax_row(const pagemgr_attention_args &args, const Unit &unit, Rows &rows, int64_t row, int64_t first,
                         int count) {
-    const int64_t group = group_size(args), position = unit.position + row / group;
+    const Place place = place_of(args, unit, row);
+    const int64_t position = unit.position + place.token;
     const int64_t stop = args.causal ? position + 1 : first + count;
     const int64_t start = args.window ? position - args.window + 1 : first;
     const int32_t high = static_cast<int32_t>(larger<int64_t>(0, smaller<int64_t>(stop - first, count)));
     const int32_t low = static_cast<int32_t>(larger<int64_t>(0, smaller<int64_t>(start - first, count)));
-    const float slope = args.alibi_slopes ? args.alibi_slopes[unit.kv_head * group + row % group] : 0;
+    const float slope = args.alibi_slopes ? args.alibi_slopes[place.head] : 0;
     float *scores = rows.scores + row * kTile;
 
     Ints lane;
