@@ -197,6 +197,7 @@ def _report(direction: str, block_bytes: int, costs: Mapping[str, Cost]) -> None
     """One line, with the rates for blocks that are far from each other."""
     if not costs:
         return
-    rates = {name: block_bytes / (cost.run + cost.block) / 1e9 for name, cost in costs.items()}
+    n = _SAMPLE_BLOCKS
+    rates = {name: n * block_bytes / cost.of(n, n) / 1e9 for name, cost in costs.items()}
     told = ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items())
-    _log.info("scattered blocks of %d KiB move %s: %s", block_bytes >> 10, direction, told)
+    _log.info("%d scattered blocks of %d KiB move %s: %s", n, block_bytes >> 10, direction, told)

@@ -27,6 +27,7 @@ from pagemgr.routes import Pairs, Routes, copy_by_kernel, fastest
 MOVED = 256 << 20
 SIZES = tuple(8192 << power for power in range(0, 9, 2))
 ROUNDS = 5
+SLOW = 0.1
 BUSY_CYCLES = 2_000_000
 """A millisecond."""
 CONTIGUOUS = "contiguous"
@@ -94,10 +95,16 @@ class Tiers:
 
 
 def timed(calls: dict[Any, Callable[[], None]], rounds: int = ROUNDS) -> dict[Any, tuple[float, float]]:
-    """Seconds of the device and of the host's thread, medians over turns, of which the first is not counted."""
+    """Seconds of the device and of the host's thread, medians over turns, of which the first is not counted.
+
+    What takes more than ``SLOW`` seconds has one turn, which is.
+    """
     found: dict[Any, list[tuple[float, float]]] = {key: [] for key in calls}
+    slow = set[Any]()
     for turn in range(rounds + 1):
         for key, call in calls.items():
+            if key in slow:
+                continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(BUSY_CYCLES)
             start.record()
@@ -106,8 +113,11 @@ def timed(calls: dict[Any, Callable[[], None]], rounds: int = ROUNDS) -> dict[An
             host = time.thread_time() - before
             end.record()
             end.synchronize()
-            if turn:
-                found[key].append((start.elapsed_time(end) / 1e3, host))
+            seconds = start.elapsed_time(end) / 1e3
+            if seconds > SLOW:
+                slow.add(key)
+            if turn or seconds > SLOW:
+                found[key].append((seconds, host))
     return {key: tuple(map(statistics.median, zip(*times, strict=True))) for key, times in found.items()}
 
 

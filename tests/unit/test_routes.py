@@ -32,6 +32,12 @@ def test_times_that_contradict_each_other_give_no_negative_cost() -> None:
     assert Cost.fit(10, 5.0, 3.0, 4.0) == Cost(5.0, 0.0, 0.0)
 
 
+def test_rates_are_told_even_of_times_that_contradict_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pagemgr"):
+        routes._report("in", 1 << 20, {"runs": Cost.fit(10, 5.0, 3.0, 4.0), "batch": Cost(0.0, 1e-4, 0.0)})
+    assert caplog.messages == ["512 scattered blocks of 1024 KiB move in: runs 0.1 GB/s, batch 10.5 GB/s"]
+
+
 @pytest.mark.parametrize(
     ("runs", "blocks", "route"),
     [(1, 1000, "runs"), (45, 1000, "runs"), (50, 1000, "kernel"), (6, 6, "runs"), (7, 7, "kernel")],
@@ -151,5 +157,5 @@ def test_a_gpu_has_measured_routes_and_null_blocks_of_zeros(caplog: pytest.LogCa
 def test_a_batch_that_fails_says_so() -> None:
     storage = on_gpu()
     pairs = np.array([[1, 2]], dtype=np.int32)
-    with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync gave CUresult 7 for copy 0 of 1"):
+    with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync of 1 copies failed at 0: CUresult 7"):
         BatchCopy(lambda *arguments: 7)(storage.tiers["device"], storage.tiers["host"], pairs)
