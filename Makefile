@@ -36,8 +36,8 @@ gpu: ## on a GPU machine: build, test, benchmark both GPU backends with the pyth
 	  $$($(PYTHON) -c 'import os, xdist; print("-n", os.cpu_count(), "--dist worksteal")' 2>/dev/null)
 	@mkdir -p build
 	$(BENCH).attention $(BOTH) --json build/attention.json --plot build/roofline.png
+	$(BENCH).swap --json build/swap.json
 	$(BENCH).attention $(BOTH) --json build/attention-fp8.json --kv-dtype float8_e4m3fn
-	$(BENCH).swap --backend cuda --backend triton
 
 clean: ## remove .venv and whatever was built or cached
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
