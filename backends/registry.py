@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
 import torch
 
 from pagemgr.errors import BackendUnavailable, UnsupportedFeature
-from pagemgr.layout import BlockLayout
+from pagemgr.layout import BlockLayout, KVDType
 
 from .checks import require
 from .interface import Backend, Feature
@@ -150,7 +151,7 @@ def _best(
     """The first that fits; with it those after it that have the optional features which it lacks, if it lacks any."""
     taken: list[Backend] = []
     lacking, passed_over = frozenset(Feature), list[str]()
-    for entry in BUILT_IN:
+    for entry in _best_first(layout):
         try:
             backend = _make(entry, cache_dir)
             require(backend, layout, group_size, device)
@@ -170,6 +171,17 @@ def _best(
     require(best, layout, group_size, device, needs)
     _log.info("backend %s on %s%s", best.name, device, "".join(f" ({reason})" for reason in passed_over))
     return best
+
+
+def _best_first(layout: BlockLayout) -> Sequence[EntryPoint]:
+    """``BUILT_IN``, but Triton before all for quantised K and V.
+
+    From them the CUDA library takes up to 1.8 times as long to decode, and 1.5 to 13 times for prompts, where it widens
+    them for every tile of queries.
+    """
+    if layout.kv_dtype is KVDType.auto:
+        return BUILT_IN
+    return sorted(BUILT_IN, key=lambda entry: entry.name != "triton")
 
 
 def _describe(error: Exception) -> str:

@@ -83,6 +83,8 @@ def compiler() -> Iterator[Finding]:
 
 def libraries() -> Iterator[Finding]:
     """The compiled libraries: whether they are built, load, and implement this version's interfaces."""
+    import torch
+
     cache_dir = load_native().cache_dir
     for target, opens in (("manager", _open_manager), ("cpu", _open_backend), ("cuda", _open_backend)):
         name = f"library {target}"
@@ -93,6 +95,9 @@ def libraries() -> Iterator[Finding]:
             continue
         if not path.exists():
             yield Finding(name, "not built yet", GOOD, "built on first use, or now: pagemgr build")
+            continue
+        if target == "cuda" and not torch.cuda.is_available():
+            yield Finding(name, f"{path}, for a machine with a GPU")
             continue
         problem = opens(target, path, cache_dir)
         advice = f"delete {path}, it is built anew on first use"

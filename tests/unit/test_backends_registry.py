@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from pagemgr.backends import AttentionParams, Backend, Capabilities, Feature, availability, create, names, registry
 from pagemgr.backends.reference import TorchBackend
 from pagemgr.errors import BackendUnavailable, InvalidInput, UnsupportedFeature
-from pagemgr.layout import BlockLayout, DType
+from pagemgr.layout import BlockLayout, DType, KVDType
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=2, head_dim=64, block_size=16)
 TORCH = EntryPoint("torch", "pagemgr.backends.reference:TorchBackend", registry.GROUP)
@@ -210,6 +211,15 @@ def test_auto_lets_the_next_one_do_what_the_best_lacks(plugins, caplog: pytest.L
     assert asked == ["narrow", "torch", "torch", "narrow"]
     said = [record.getMessage() for record in caplog.records if "done by" in record.getMessage()]
     assert said == ["attention with alibi is done by torch, as narrow has it not"]
+
+
+def test_auto_takes_triton_first_for_quantised_keys_and_values(plugins) -> None:
+    plugins(built_in=True, cuda="pagemgr.backends.reference:TorchBackend", triton="plugin_under_test:Elsewhere")
+    plain = BlockLayout(1, 2, 64, 16, DType.bfloat16)
+    quantised = replace(plain, kv_dtype=KVDType.float8_e4m3fn)
+    assert [entry.name for entry in registry._best_first(plain)] == ["cuda", "triton", "torch"]
+    assert [entry.name for entry in registry._best_first(quantised)] == ["triton", "cuda", "torch"]
+    assert type(create("auto", quantised, 2, "cpu")) is TorchBackend
 
 
 def test_auto_never_takes_a_third_partys_backend(plugins) -> None:

@@ -6,7 +6,8 @@ import json
 import sys
 from collections.abc import Iterable
 from importlib import metadata
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from click.testing import CliRunner, Result
 import pagemgr
 from pagemgr.backends import registry
 from pagemgr.backends.registry import BackendStatus
-from pagemgr.cli import doctor
+from pagemgr.cli import checkup, doctor
 from pagemgr.cli.main import main
 
 
@@ -38,6 +39,18 @@ def test_it_reports_this_machine() -> None:
     assert machine["torch"] == metadata.version("torch")
     assert ("cuda:0" in machine) == torch.cuda.is_available()
     assert machine.keys() >= {"platform", "triton", "g++", "nvcc", "host memory", "cuda"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the library runs on")
+def test_a_library_built_for_another_machine_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built = tmp_path / "libpagemgr_cuda.so"
+    built.write_bytes(b"as pagemgr build cuda leaves it in an image")
+    monkeypatch.setattr(checkup, "recipe", lambda _: SimpleNamespace(path=lambda _: built))
+    monkeypatch.setattr(checkup, "_open_manager", lambda *_: None)
+    monkeypatch.setattr(checkup, "_open_backend", lambda target, *_: f"{target} was opened")
+    found = {finding.name: (finding.verdict, finding.found) for finding in checkup.libraries()}
+    assert found["library cuda"] == (checkup.GOOD, f"{built}, for a machine with a GPU")
+    assert found["library cpu"] == (checkup.BROKEN, "cpu was opened")
 
 
 def test_the_reference_backend_runs_anywhere() -> None:
