@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import partial
 
@@ -18,7 +19,7 @@ TOKENS = (1, 256, 2048, 16384, 65536)
 BLOCKS = ((64 << 10, 16), (64 << 10, 512), (64 << 10, 8192), (2 << 20, 64), (2 << 20, 512))
 """Of ``copy_blocks``: bytes of a block, blocks."""
 MOVED = ("operation", "backend", "µs", "GB/s", "of copy")
-HOST = ("operation", "backend", "µs of the host")
+HOST = ("operation", "backend", "µs of the host", "s of the first call")
 
 Backends = Mapping[str, Backend]
 
@@ -55,7 +56,10 @@ def _beside_copy(
 
 
 def host(backends: Backends, device: torch.device, dtype: str) -> list[tuple[str, ...]]:
-    """Rows of the table ``HOST``: the same call again and again, as the layers of a step make it."""
+    """Rows of the table ``HOST``: the same call again and again, as the layers of a step make it.
+
+    The first one may have to compile, unless the process or a cache on disk has done so before.
+    """
     few, prompts = (build(shape, device, dtype) for shape in (decode(2, 100, 8, 4, 128), prefill(2, 100, 8, 4, 128)))
     new = few.key[:2].contiguous()
     rows = []
@@ -65,5 +69,10 @@ def host(backends: Backends, device: torch.device, dtype: str) -> list[tuple[str
             "attention, prefill": attend(backend, prompts, torch.empty_like(prompts.query)),
             "write_kv": partial(backend.write_kv, new, new, few.kv, few.batch.slot_mapping),
         }
-        rows += [(what, name, f"{host_seconds(call) * 1e6:.1f}") for what, call in calls.items()]
+        for what, call in calls.items():
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            first = time.perf_counter() - start
+            rows.append((what, name, f"{host_seconds(call) * 1e6:.1f}", f"{first:.3f}"))
     return rows
